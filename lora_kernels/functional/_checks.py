@@ -1,0 +1,208 @@
+"""What an operation refuses, and how it says so: argument, rule, what came, what to do.
+
+Each check is one cheap condition; the message is put together only once it has failed. Run before any work, and nowhere
+below: ops and kernels trust what they are given.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lora_kernels.config import BACKENDS, INTERPRETED
+from lora_kernels.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
+from lora_kernels.planning.tiles import MAX_RANK
+
+HALF = (torch.float16, torch.bfloat16)
+COMPUTED = (torch.float32, *HALF)
+
+
+def check_backend(backend: object) -> None:
+    """One of the backends' names."""
+    if backend not in BACKENDS:
+        raise ArgumentError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}.")
+
+
+def check_rank(name: str, rank: object) -> None:
+    """An int from 1 to 512."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+        raise ArgumentError(f"{name} must be an int from 1 to {MAX_RANK}; got {rank!r}. Choose a rank such as 8 or 16.")
+
+
+def check_features(name: str, features: object) -> None:
+    """An int of at least 1."""
+    if not isinstance(features, int) or isinstance(features, bool) or features < 1:
+        raise ArgumentError(f"{name} must be an int of at least 1; got {features!r}.")
+
+
+def check_dropout_p(p: object, name: str = "dropout_p") -> None:
+    """A number in [0, 1)."""
+    if not isinstance(p, Real) or not 0.0 <= p < 1.0:
+        raise ArgumentError(
+            f"{name} must be a number in [0, 1); got {p!r}. Dropping everything (p = 1) leaves no LoRA to train."
+        )
+
+
+def check_scaling(scaling: object, name: str = "scaling") -> None:
+    """A finite number."""
+    if not isinstance(scaling, Real) or not math.isfinite(scaling):
+        raise ArgumentError(f"{name} must be a finite number, usually lora_alpha / r; got {scaling!r}.")
+
+
+def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
+    """x's dtype is computed in; weight and bias share it; adapters share it or are fp32."""
+    x = dtypes["x"]
+    computed = (*COMPUTED, torch.float64) if device_type == "cpu" else COMPUTED
+    if x not in computed:
+        raise DtypeError(
+            f"x must be {_names(computed)} on {device_type}; got {_name(x)}. "
+            f"{'fp64 runs on the CPU only. ' if x == torch.float64 else ''}Convert x, or run the layer under torch.autocast."
+        )
+    for argument in ("weight", "bias"):
+        dtype = dtypes.get(argument)
+        if dtype is not None and dtype != x:
+            raise DtypeError(
+                f"{argument} must have x's dtype, {_name(x)}; got {_name(dtype)}. "
+                "Convert one of them, or run the layer under torch.autocast, which converts both."
+            )
+    if dtypes["lora_A"] != dtypes["lora_B"]:
+        raise DtypeError(
+            f"lora_A and lora_B must share a dtype; got {_name(dtypes['lora_A'])} and {_name(dtypes['lora_B'])}. Convert one."
+        )
+    if dtypes["lora_A"] not in (x, torch.float32):
+        raise DtypeError(
+            f"lora_A and lora_B must have x's dtype, {_name(x)}, or be float32; got {_name(dtypes['lora_A'])}. Convert them."
+        )
+
+
+def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    """Tensors, on one device that holds data, whose shapes fit together. Dtypes are checked after autocast."""
+    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(
+                f"{name} must be a torch.Tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor."
+            )
+        if not tensor.is_floating_point():
+            raise DtypeError(
+                f"{name} must be a floating-point tensor; got {_name(tensor.dtype)}. Complex and integer LoRA is not defined here."
+            )
+        if tensor.is_meta:
+            raise DeviceError(
+                f"{name} must hold data; got a meta tensor of shape {_shape(tensor)}. "
+                "Materialise the layer first, e.g. with module.to_empty(device=...) and loading its state."
+            )
+        if tensor.device != x.device:
+            raise DeviceError(
+                f"{name} must be on x's device, {x.device}; got {tensor.device}. Move it with {name}.to({str(x.device)!r})."
+            )
+    if x.dim() >= 1 and weight.dim() == lora_A.dim() == lora_B.dim() == 2:
+        k, (n, weight_k), (r, a_k) = x.shape[-1], weight.shape, lora_A.shape
+        bias_fits = bias is None or bias.shape == (n,)
+        if k == weight_k == a_k and lora_B.shape == (n, r) and bias_fits and k >= 1 and n >= 1 and 1 <= r <= MAX_RANK:
+            return
+    _refuse_shapes(x, weight, lora_A, lora_B, bias)
+
+
+def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> NoReturn:
+    if x.dim() == 0:
+        raise ShapeError("x must be [*, K]; got a 0-d tensor. Pass at least one dimension, the features.")
+    for name, tensor, dims in (
+        ("weight", weight, "[N, K]"),
+        ("lora_A", lora_A, "[R, K]"),
+        ("lora_B", lora_B, "[N, R]"),
+    ):
+        if tensor.dim() != 2:
+            raise ShapeError(f"{name} must be {dims}, two-dimensional; got {_shape(tensor)}. Reshape it.")
+    n, k = weight.shape
+    if n < 1 or k < 1:
+        raise ShapeError(
+            f"weight must be [N, K] with N >= 1 and K >= 1; got {_shape(weight)}. There is nothing to compute."
+        )
+    if x.shape[-1] != k:
+        hint = " Did you pass weight.T?" if x.shape[-1] == n else ""
+        raise ShapeError(
+            f"x must be [*, K] = [*, {k}] to match weight {_shape(weight)}; got {_shape(x)}.{hint or ' Check in_features.'}"
+        )
+    r = lora_A.shape[0]
+    if lora_A.shape[1] != k:
+        hint = " Did you pass lora_A.T?" if r == k else " Check the layer that the adapter was made for."
+        raise ShapeError(
+            f"lora_A must be [R, K] = [R, {k}] to match weight {_shape(weight)}; got {_shape(lora_A)}.{hint}"
+        )
+    if not 1 <= r <= MAX_RANK:
+        hint = (
+            "Did you pass lora_A.T?" if lora_A.shape[1] <= MAX_RANK < r else "Use a smaller rank, or merge the adapter."
+        )
+        raise ShapeError(f"lora_A must be [R, K] with 1 <= R <= {MAX_RANK}; got {_shape(lora_A)}. {hint}")
+    if lora_B.shape != (n, r):
+        hint = " Did you pass lora_B.T?" if lora_B.shape == (r, n) else " Check that lora_A and lora_B belong together."
+        raise ShapeError(
+            f"lora_B must be [N, R] = [{n}, {r}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}; "
+            f"got {_shape(lora_B)}.{hint}"
+        )
+    assert bias is not None
+    raise ShapeError(
+        f"bias must be [N] = [{n}] to match weight {_shape(weight)}; got {_shape(bias)}. Pass one value per output."
+    )
+
+
+def check_servable(backend: str, x: Tensor) -> None:
+    """An explicit triton backend can serve x's device and dtype; only "auto" may fall back."""
+    if backend != "triton":
+        return
+    from lora_kernels.planning.device import device_traits, triton_available
+    from lora_kernels.planning.plan import obstacle_to_triton
+
+    arch = device_traits(x.device.type, x.device.index).arch
+    obstacle = obstacle_to_triton(
+        x.dtype, arch, x.device.type, interpreted=INTERPRETED, triton_available=triton_available()
+    )
+    if obstacle:
+        raise UnsupportedError(f"backend='triton' cannot serve this call: {obstacle}. Use backend='auto' to fall back.")
+
+
+def seed_tensor(dropout_seed: Any, device: torch.device) -> Tensor:
+    """[1] int64 on `device`: what was passed, or a draw from torch's generator, which manual_seed and checkpointing govern."""
+    if dropout_seed is None:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    if isinstance(dropout_seed, Tensor):
+        if dropout_seed.dtype != torch.int64:
+            raise DtypeError(
+                f"dropout_seed must be int64; got {_name(dropout_seed.dtype)}. Convert it with .to(torch.int64)."
+            )
+        if dropout_seed.numel() != 1:
+            raise ShapeError(
+                f"dropout_seed must have one element; got shape {_shape(dropout_seed)}. Draw one seed per call."
+            )
+        if dropout_seed.device != device:
+            raise DeviceError(
+                f"dropout_seed must be on x's device, {device}; got {dropout_seed.device}. Draw it with device={str(device)!r}."
+            )
+        return dropout_seed.reshape(1)
+    if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
+        raise DtypeError(
+            f"dropout_seed must be an int, a one-element int64 tensor or None; got {type(dropout_seed).__name__}."
+        )
+    if not -(2**63) <= dropout_seed < 2**63:
+        raise ArgumentError(f"dropout_seed must fit in 64 bits; got {dropout_seed}. Use torch.seed() or a smaller int.")
+    return torch.full((1,), dropout_seed, dtype=torch.int64, device=device)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    *most, last = map(_name, dtypes)
+    return f"{', '.join(most)} or {last}"
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))

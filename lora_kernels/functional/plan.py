@@ -1,0 +1,62 @@
+"""What `backend="auto"` would do, without doing it."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_kernels import config
+from lora_kernels.errors import ArgumentError
+from lora_kernels.functional._checks import check_dropout_p, check_dtypes, check_rank
+from lora_kernels.ops import problem_of
+from lora_kernels.planning import Plan, make_plan
+from lora_kernels.planning.device import triton_available
+
+
+def explain_plan(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    adapter_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Plan:
+    """What `lora_linear(..., backend="auto")` would run for a problem of this size, and why.
+
+    Args:
+        M: tokens, after flattening; >= 0.
+        N, K: out_features and in_features; >= 1.
+        R: rank, 1 to 512.
+        dtype: of x and weight.
+        device: where the tensors live; a CUDA device must exist.
+        adapter_dtype: of lora_A and lora_B; None means `dtype`.
+        dropout_p: probability to drop, in [0, 1).
+        training: False means that dropout is off, as in an evaluating layer.
+
+    Returns:
+        Plan with `.backend`, `.strategy`, `.reason`, `.tiles` and the other choices.
+
+    Raises:
+        ArgumentError: a size, the rank or dropout_p is out of range.
+        DtypeError: a dtype the operation does not compute in.
+
+    Example:
+        >>> import torch, lora_kernels
+        >>> lora_kernels.explain_plan(4096, 1024, 1024, 16, dtype=torch.float32, device="cpu").backend
+        'torch'
+    """
+    for name, size, least in (("M", M, 0), ("N", N, 1), ("K", K, 1)):
+        if size < least:
+            raise ArgumentError(f"{name} must be at least {least}; got {size}. Pass the size of the flattened problem.")
+    check_rank("R", R)
+    check_dropout_p(dropout_p)
+    adapter_dtype = dtype if adapter_dtype is None else adapter_dtype
+    device = torch.device(device)
+    check_dtypes(device.type, x=dtype, weight=dtype, lora_A=adapter_dtype, lora_B=adapter_dtype)
+    problem = problem_of(
+        M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, dropout=training and dropout_p > 0, device=device
+    )
+    return make_plan(problem, config.AUTO_BACKEND, triton_available=triton_available())

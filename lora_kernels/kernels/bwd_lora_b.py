@@ -1,0 +1,124 @@
+"""Everything the backward needs from dy and B, from one read of dy.
+
+    dyb[m, r] = scale * sum_n dy[m, n] B[n, r]      dB[n, r] = sum_m dy[m, n] xa[m, r]      db[n] = sum_m dy[m, n]
+
+The two products reduce dy in different directions, so a program owns one column tile and a run of row tiles: it adds dB
+and db over its rows in registers, and writes the column tile's share of dyb for each row tile. Grid (column tiles, row
+splits, rank tiles). All shares are fp32 and added in fixed order by `reduce_partials`: no atomics, the same bits each time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.kernels.device import low_rank_dot
+from lora_kernels.kernels.reduce_partials import reduce_partials
+from lora_kernels.planning.tiles import Tile
+
+
+@triton.jit
+def bwd_lora_b_kernel(
+    dy_ptr, b_ptr, xa_ptr, dyb_ptr, d_b_ptr, d_bias_ptr,
+    M, N, R, rows_per_split,
+    stride_dy_m, stride_dy_n, stride_b_n, stride_b_r,
+    NEEDS_DYB: tl.constexpr, NEEDS_D_B: tl.constexpr, NEEDS_D_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_n, pid_split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    row_begin = pid_split * rows_per_split
+    row_end = tl.minimum(row_begin + rows_per_split, M)
+
+    if NEEDS_DYB:
+        b_ptrs = b_ptr + offs_n.to(tl.int64)[:, None] * stride_b_n + offs_r.to(tl.int64)[None, :] * stride_b_r
+        b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
+        dyb_ptr += pid_n.to(tl.int64) * M * R
+    acc_b = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    acc_bias = tl.zeros((BLOCK_N,), tl.float32)
+    for row in range(row_begin, row_end, BLOCK_M):
+        offs_m = row + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < row_end
+        rows = offs_m.to(tl.int64)
+        # [BLOCK_M, BLOCK_N]
+        dy = tl.load(
+            dy_ptr + rows[:, None] * stride_dy_m + offs_n.to(tl.int64)[None, :] * stride_dy_n,
+            mask=mask_m[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        offs_rank = rows[:, None] * R + offs_r[None, :]
+        mask_rank = mask_m[:, None] & mask_r[None, :]
+        if NEEDS_DYB:
+            share = low_rank_dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
+            tl.store(dyb_ptr + offs_rank, share, mask=mask_rank)
+        if NEEDS_D_B:
+            xa = tl.load(xa_ptr + offs_rank, mask=mask_rank, other=0.0)  # [BLOCK_M, BLOCK_R]
+            acc_b = low_rank_dot(tl.trans(dy), xa, acc_b, PRECISION)
+        if NEEDS_D_BIAS:
+            acc_bias += tl.sum(dy.to(tl.float32), axis=0)
+
+    if NEEDS_D_B:
+        d_b_ptrs = d_b_ptr + pid_split.to(tl.int64) * N * R + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :]
+        tl.store(d_b_ptrs, acc_b, mask=mask_n[:, None] & mask_r[None, :])
+    if NEEDS_D_BIAS:
+        tl.store(d_bias_ptr + pid_split.to(tl.int64) * N + offs_n, acc_bias, mask=mask_n & (pid_r == 0))
+
+
+class LoRABGradients(NamedTuple):
+    """What one read of dy yields; None where it was not asked for."""
+
+    dyb: Tensor | None
+    d_lora_B: Tensor | None
+    d_bias: Tensor | None
+
+
+def bwd_lora_b(
+    *,
+    dy: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    needs_dyb: bool,
+    scale: float,
+    splits: int,
+    precision: str,
+    tile: Tile,
+) -> LoRABGradients:
+    """dyb [M, R] and d_lora_B [N, R] in lora_B's dtype, d_bias [N] in bias_dtype; xa None: no d_lora_B."""
+    (m, n), r = dy.shape, lora_B.shape[1]
+    rows_per_split = triton.cdiv(triton.cdiv(m, splits), tile.block_m) * tile.block_m
+    splits = triton.cdiv(m, rows_per_split)
+    columns = triton.cdiv(n, tile.block_n)
+
+    def shares(count: int, *shape: int) -> Tensor:
+        return torch.empty((count, *shape), dtype=torch.float32, device=dy.device)
+
+    dyb = shares(columns, m, r) if needs_dyb else None
+    d_lora_B = shares(splits, n, r) if xa is not None else None
+    d_bias = shares(splits, n) if bias_dtype is not None else None
+    grid = (columns, splits, triton.cdiv(r, tile.block_r))
+    bwd_lora_b_kernel[grid](
+        dy, lora_B, xa, dyb, d_lora_B, d_bias,
+        m, n, r, rows_per_split,
+        *dy.stride(), *lora_B.stride(),
+        NEEDS_DYB=needs_dyb, NEEDS_D_B=xa is not None, NEEDS_D_BIAS=bias_dtype is not None, PRECISION=precision,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+    def reduced(partials: Tensor | None, factor: float, dtype: torch.dtype | None) -> Tensor | None:
+        if partials is None:
+            return None
+        out = torch.empty(partials.shape[1:], dtype=dtype, device=dy.device)
+        reduce_partials(partials=partials, scale=factor, out=out)
+        return out
+
+    return LoRABGradients(
+        dyb=reduced(dyb, scale, lora_B.dtype),
+        d_lora_B=reduced(d_lora_B, 1.0, lora_B.dtype),
+        d_bias=reduced(d_bias, 1.0, bias_dtype),
+    )

@@ -1,0 +1,81 @@
+"""Device functions that several kernels share: the dropout mask, the rank-sized product, the order of tiles.
+
+    keep(row, col) = u16(seed, row, col) >= threshold
+
+The bits are those of reference/philox.py: Philox4x32-10 with key `seed` and counter (col // 8, row, 0, 0), whose four words
+serve eight columns at 16 bits each. One call for eight elements costs a quarter of `tl.rand`'s one call per element, and
+the result depends on neither tile shape nor strides.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep_tile(seed, offs_row, first_col, threshold, BLOCK_COLS: tl.constexpr):
+    """[len(offs_row), BLOCK_COLS] int1 mask of the columns from first_col, a multiple of 8."""
+    # Counter words stay in their smallest shape; broadcasting fills the tile only from the third round on.
+    group = (first_col // 8 + tl.arange(0, BLOCK_COLS // 8))[None, :]  # [1, BLOCK_COLS / 8]
+    row = offs_row.to(tl.int32)[:, None]  # [BLOCK_ROWS, 1]
+    word_0, word_1, word_2, word_3 = tl.philox(seed, group, row, group * 0, row * 0)
+    level = tl.cast(threshold, tl.uint32)
+    # Compare before interleaving: the tiles that change layout are then int1. The last axis of a join is the fastest, so
+    # the nesting (word's high bit, word's low bit, half) reads as col % 8.
+    low = tl.join(
+        tl.join((word_0 & 0xFFFF) >= level, (word_2 & 0xFFFF) >= level),
+        tl.join((word_1 & 0xFFFF) >= level, (word_3 & 0xFFFF) >= level),
+    )
+    high = tl.join(
+        tl.join((word_0 >> 16) >= level, (word_2 >> 16) >= level),
+        tl.join((word_1 >> 16) >= level, (word_3 >> 16) >= level),
+    )
+    return tl.reshape(tl.join(low, high), (offs_row.shape[0], BLOCK_COLS))
+
+
+@triton.jit
+def low_rank_dot(lhs, rhs, acc, PRECISION: tl.constexpr):
+    """acc + lhs rhs, where one operand may be fp32 and the other 16-bit: the 16-bit one is exact in tf32, so it is the
+    one that is widened, and fp32 adapters never pass through 16 bits."""
+    if lhs.dtype != rhs.dtype:
+        lhs = lhs.to(tl.float32)
+        rhs = rhs.to(tl.float32)
+    return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """(pid_m, pid_n) that walks GROUP_M rows of tiles per column, so that concurrent programs share operands in L2."""
+    per_group = GROUP_M * num_n
+    first_m = (pid // per_group) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + (pid % per_group) % rows, (pid % per_group) // rows
+
+
+@triton.jit
+def expand_into(
+    acc, s_ptr, e_ptr, seed, threshold,
+    M, N, R, offs_m, offs_n, first_n,
+    stride_s_m, stride_e_r, stride_e_n,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] + mask * (s e), over the rank in steps of BLOCK_R; s [M, R] has unit stride along R."""
+    low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
+    for r in range(0, R, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        # [BLOCK_M, BLOCK_R]
+        s = tl.load(
+            s_ptr + offs_m.to(tl.int64)[:, None] * stride_s_m + offs_r[None, :],
+            mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
+            other=0.0,
+        )
+        # [BLOCK_R, BLOCK_N]
+        e = tl.load(
+            e_ptr + offs_r.to(tl.int64)[:, None] * stride_e_r + offs_n.to(tl.int64)[None, :] * stride_e_n,
+            mask=(offs_r[:, None] < R) & (offs_n[None, :] < N),
+            other=0.0,
+        )
+        low_rank = tl.dot(s, e, low_rank, input_precision=PRECISION)
+    if HAS_DROPOUT:
+        keep = keep_tile(seed, offs_m, first_n, threshold, BLOCK_N)
+        return acc + tl.where(keep, low_rank, 0.0)
+    return low_rank

@@ -1,0 +1,31 @@
+"""Fixed-order reduction of partial sums: what makes the split kernels deterministic without atomics.
+
+    out[e] = scale * (((p[0, e] + p[1, e]) + p[2, e]) + ...)
+
+Grid (blocks of elements). fp32 throughout, one rounding to out's dtype.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def reduce_partials_kernel(partials_ptr, out_ptr, splits, elements, scale, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < elements
+    acc = tl.zeros((BLOCK,), tl.float32)
+    ptrs = partials_ptr + offs
+    for _ in range(splits):
+        acc += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += elements
+    tl.store(out_ptr + offs, (acc * tl.cast(scale, tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def reduce_partials(*, partials: Tensor, scale: float, out: Tensor) -> None:
+    """Writes scale * partials.sum(0) into the contiguous tensor `out` of shape partials.shape[1:]."""
+    elements = out.numel()
+    grid = (triton.cdiv(elements, BLOCK),)
+    reduce_partials_kernel[grid](partials, out, partials.shape[0], elements, scale, BLOCK=BLOCK, num_warps=4)

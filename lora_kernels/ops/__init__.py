@@ -1,0 +1,9 @@
+"""torch.library contracts: schema, fake and implementation of each operation, registered when this package is imported.
+
+Torch-only at import time; Triton is imported by the first call that a plan sends to it.
+"""
+
+from lora_kernels.ops.linear import Needs as Needs
+from lora_kernels.ops.linear import linear_backward as linear_backward
+from lora_kernels.ops.linear import linear_forward as linear_forward
+from lora_kernels.ops.linear import problem_of as problem_of

@@ -1,0 +1,129 @@
+"""The `triton` backend of the LoRA linear: which kernels run, in which order, under a plan.
+
+Imports `kernels`, hence triton; itself imported only inside the implementations in `ops.linear`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
+from lora_kernels.kernels.bwd_lora_b import LoRABGradients, bwd_lora_b
+from lora_kernels.kernels.gemm_expand import gemm_expand
+from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma, tma_serves
+from lora_kernels.kernels.interpreter import is_interpreting, repaired
+from lora_kernels.kernels.one_pass import one_pass
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.ops._linear_torch import Needs
+from lora_kernels.planning import Plan
+from lora_kernels.reference.philox import dropout_scale, dropout_threshold
+
+
+def _launch_scope(t: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be t's; interpreted, its numpy arithmetic needs repair."""
+    if t.is_cuda:
+        return torch.cuda.device(t.device)
+    return repaired() if is_interpreting() else nullcontext()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    plan: Plan,
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N], xa [M, R]) for x [M, K], M >= 1."""
+    threshold, scale = _dropout(seed, scaling, dropout_p)
+    bias = None if bias is None else bias.contiguous()
+    with _launch_scope(x):
+        if plan.strategy == "one_pass":
+            return one_pass(
+                x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed, threshold=threshold, scale=scale,
+                precision=plan.precision, tile=plan.tile("one_pass"),
+            )  # fmt: skip
+        xa = shrink(
+            x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.shrink_splits,
+            precision=plan.precision, tile=plan.tile("shrink"),
+        )  # fmt: skip
+        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan), xa
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: Needs,
+    plan: Plan,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there; M >= 1."""
+    threshold, scale = _dropout(seed, scaling, dropout_p)
+    dx = d_weight = d_lora_A = None
+    from_dy = LoRABGradients(None, None, None)
+    with _launch_scope(dy):
+        if needs.x or needs.lora_A or needs.lora_B:
+            assert lora_B is not None
+            from_dy = bwd_lora_b(
+                dy=dy, lora_B=lora_B, xa=xa if needs.lora_B else None, bias_dtype=dy.dtype if needs.bias else None,
+                needs_dyb=needs.x or needs.lora_A, scale=scale, splits=plan.row_splits,
+                precision=plan.precision, tile=plan.tile("bwd_lora_b"),
+            )  # fmt: skip
+        if needs.lora_A:
+            assert x is not None and from_dy.dyb is not None
+            d_lora_A = bwd_lora_a(
+                x=x, dyb=from_dy.dyb, seed=seed, threshold=threshold, splits=plan.row_splits,
+                precision=plan.precision, tile=plan.tile("bwd_lora_a"),
+            )  # fmt: skip
+        if needs.x:
+            assert weight is not None and lora_A is not None and from_dy.dyb is not None
+            dx = _gemm(dy, weight, False, from_dy.dyb, lora_A, None, seed, threshold, plan)
+    # Full fine-tuning beside LoRA: one plain GEMM, and a bias without adapters one plain sum. Nothing to fuse.
+    if needs.weight:
+        assert x is not None
+        d_weight = torch.mm(dy.T, x)
+    d_bias = dy.sum(0) if needs.bias and from_dy.d_bias is None else from_dy.d_bias
+    return dx, d_weight, d_lora_A, from_dy.d_lora_B, d_bias
+
+
+def _dropout(seed: Tensor | None, scaling: float, dropout_p: float) -> tuple[int, float]:
+    if seed is None:
+        return 0, scaling
+    return dropout_threshold(dropout_p), scaling * dropout_scale(dropout_p)
+
+
+def _gemm(
+    lhs: Tensor,
+    weight: Tensor,
+    transpose_weight: bool,
+    s: Tensor,
+    e: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    plan: Plan,
+) -> Tensor:
+    """The large GEMM of either direction with its expand, through descriptors where the layout allows."""
+    tile = plan.tile("gemm_expand" if seed is None else "gemm_expand_dropout")
+    n = weight.shape[0 if transpose_weight else 1]
+    if plan.use_tma and n * lhs.element_size() % 16 == 0 and tma_serves(lhs, weight):
+        return gemm_expand_tma(
+            lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias, seed=seed,
+            threshold=threshold, precision=plan.precision, tile=tile,
+        )  # fmt: skip
+    rhs = weight.T if transpose_weight else weight
+    return gemm_expand(
+        lhs=lhs, rhs=rhs, s=s, e=e, bias=bias, seed=seed, threshold=threshold, precision=plan.precision, tile=tile
+    )

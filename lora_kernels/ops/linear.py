@@ -1,0 +1,164 @@
+"""`lora_kernels::linear_forward` and `lora_kernels::linear_backward`: two opaque ops that torch.compile, FakeTensor, export and
+CUDA graphs see, over [M, K] inputs that the caller has validated.
+
+The implementation makes the plan from the real sizes, so a compiled graph with a dynamic M does not specialise on it.
+Gradients that are not needed come back as empty tensors: a schema has no optional returns.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lora_kernels import config
+from lora_kernels.ops import _linear_torch
+from lora_kernels.ops._linear_torch import Needs
+from lora_kernels.planning import Plan, Problem, make_plan
+from lora_kernels.planning.device import device_traits, triton_available
+
+_LIBRARY = torch.library.Library("lora_kernels", "DEF")
+_LIBRARY.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, "
+    "float dropout_p, str backend) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? xa, Tensor? seed, "
+    "float scaling, float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def problem_of(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    *,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+    device: torch.device,
+) -> Problem:
+    """The planner's view of one call on `device`."""
+    traits = device_traits(device.type, device.index)
+    return Problem(
+        m, n, k, r, dtype, adapter_dtype, dropout,
+        arch=traits.arch,
+        device_type=device.type,
+        sm_count=traits.sm_count,
+        tf32=device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        interpreted=config.INTERPRETED,
+    )  # fmt: skip
+
+
+def _plan(t: Tensor, n: int, lora_A: Tensor, seed: Tensor | None, backend: str) -> Plan:
+    r, k = lora_A.shape
+    problem = problem_of(
+        t.shape[0], n, k, r, dtype=t.dtype, adapter_dtype=lora_A.dtype, dropout=seed is not None, device=t.device
+    )
+    return make_plan(problem, backend, triton_available=triton_available())
+
+
+def _without_autocast(t: Tensor) -> AbstractContextManager[object]:
+    """Dtypes were settled above; autocast would cast the fp32 adapters' products again."""
+    if torch.is_autocast_enabled(t.device.type):
+        return torch.autocast(t.device.type, enabled=False)
+    return nullcontext()
+
+
+@torch.library.impl(_LIBRARY, "linear_forward", "CompositeExplicitAutograd")
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if x.shape[0] == 0:
+        return _fake_forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+    plan = _plan(x, weight.shape[0], lora_A, seed, backend)
+    with _without_autocast(x):
+        if plan.backend == "triton":
+            from lora_kernels.ops import _linear_triton
+
+            return _linear_triton.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
+        return _linear_torch.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
+
+
+@torch.library.register_fake("lora_kernels::linear_forward", lib=_LIBRARY)
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    m = x.shape[0]
+    return x.new_empty(m, weight.shape[0]), lora_A.new_empty(m, lora_A.shape[0])
+
+
+@torch.library.impl(_LIBRARY, "linear_backward", "CompositeExplicitAutograd")
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    if dy.shape[0] == 0:
+        empty = _fake_backward(dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, needs, backend)
+        return tuple(gradient.zero_() for gradient in empty)
+    plan = _plan(dy, dy.shape[1], lora_A, seed, backend)
+    with _without_autocast(dy):
+        if plan.backend == "triton":
+            from lora_kernels.ops import _linear_triton
+
+            implementation = _linear_triton.backward
+        else:
+            implementation = _linear_torch.backward
+        gradients = implementation(dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan)
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@torch.library.register_fake("lora_kernels::linear_backward", lib=_LIBRARY)
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    asked = Needs(*needs)
+    (m, n), k = dy.shape, lora_A.shape[1]
+    return (
+        dy.new_empty((m, k) if asked.x else 0),
+        dy.new_empty((n, k) if asked.weight else 0),
+        lora_A.new_empty(lora_A.shape if asked.lora_A else 0),
+        lora_B.new_empty(lora_B.shape if asked.lora_B else 0),
+        dy.new_empty(n if asked.bias else 0),
+    )
+
+
+linear_forward = torch.ops.lora_kernels.linear_forward.default
+linear_backward = torch.ops.lora_kernels.linear_backward.default

@@ -1,0 +1,201 @@
+"""Problem → Plan: the backend, the strategy, the tiles and the reason, from rules in one place.
+
+The rules are arithmetic, not yet measurements. One pass over [M, N] in 2 bytes costs about 184 / K of the base GEMM on an
+H200, so what decides is how many passes a composition makes and whether a GEMM of ours must compete with the library's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from lora_kernels.errors import UnsupportedError
+from lora_kernels.planning import tiles
+from lora_kernels.planning.tiles import Family, Tile, Width
+
+Backend = Literal["torch", "triton", "reference"]
+Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "eager"]
+
+DECODE_ROWS = 128
+"""Up to this M the weight's bytes are the cost, and a second launch costs more than repeating the low-rank product."""
+ONE_PASS_RANK = 128
+"""Past this rank one_pass would spend more multiply-adds on x A^T than on its tile of x W^T."""
+UPCAST_ROWS = 16
+"""From this M on, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
+ROW_SPLITS_MAX = 64
+OLDEST_SM = 80
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a plan depends on. dropout: whether a mask is applied; arch: "sm_90", "gfx942", or the device's type."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout: bool
+    arch: str
+    device_type: str
+    sm_count: int = 1
+    tf32: bool = False
+    interpreted: bool = False
+
+    @property
+    def width(self) -> Width:
+        if self.dtype == torch.float32:
+            return "32"
+        return "16" if self.adapter_dtype == self.dtype else "mixed"
+
+    @property
+    def family(self) -> Family:
+        unknown: Family = "cdna3" if self.arch.startswith("gfx") else "ada"
+        return tiles.FAMILY_OF_ARCH.get(self.arch, unknown)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, and why.
+
+    Attributes:
+        backend: "torch" (library GEMMs), "triton" or "reference".
+        strategy: "library" GEMMs in x's dtype, "upcast" to fp32 block by block, "one_pass", "shrink_fused", or "eager".
+        reason: one sentence.
+        precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
+        use_tma: whether the large GEMMs may use tensor descriptors.
+        shrink_splits, row_splits: how many programs share a reduction over K, over M.
+        tiles: the tile of each kernel, by the kernel's name.
+    """
+
+    backend: Backend
+    strategy: Strategy
+    reason: str
+    precision: str = "ieee"
+    use_tma: bool = False
+    shrink_splits: int = 1
+    row_splits: int = 1
+    tiles: tuple[tuple[str, Tile], ...] = ()
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of one kernel."""
+        return dict(self.tiles)[kernel]
+
+
+@lru_cache(maxsize=None)
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of `dtype` in hardware; unknown counts as yes (the library knows best)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("architecture") != "x86_64":
+        return True
+    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return any(capabilities.get(name, False) for name in names)
+
+
+def obstacle_to_triton(
+    dtype: torch.dtype, arch: str, device_type: str, *, interpreted: bool, triton_available: bool
+) -> str | None:
+    """The reason why the triton backend cannot serve x of this dtype there, or None if it can."""
+    if dtype == torch.float64:
+        return "the kernels compute in fp32, fp16 and bf16; fp64 is served by 'torch' and 'reference'"
+    if not triton_available:
+        return "triton is not installed"
+    if device_type == "cpu":
+        hint = "tensors are on the CPU; set TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter"
+        return None if interpreted else hint
+    if interpreted:
+        return "TRITON_INTERPRET is set, and the interpreter runs on CPU tensors"
+    if device_type != "cuda":
+        return f"the kernels run on CUDA and ROCm devices, not on {device_type!r}"
+    if arch.startswith("sm_") and int(arch[3:]) < OLDEST_SM:
+        return f"{arch} is older than sm_{OLDEST_SM}, the oldest NVIDIA GPU the kernels are compiled for"
+    return None
+
+
+def _torch_plan(problem: Problem, reason: str) -> Plan:
+    half = problem.dtype in (torch.float16, torch.bfloat16)
+    if problem.device_type == "cpu" and half and problem.M >= UPCAST_ROWS and not _cpu_multiplies(problem.dtype):
+        name = str(problem.dtype).removeprefix("torch.")
+        return Plan(
+            "torch", "upcast", f"{reason}; this CPU has no {name} matrix instructions, so blocks are computed in fp32"
+        )
+    return Plan("torch", "library", reason)
+
+
+def _triton_plan(problem: Problem, reason: str) -> Plan:
+    family, width, rank = problem.family, problem.width, problem.R
+    nvidia = family != "cdna3"
+    one_pass = problem.M <= DECODE_ROWS and rank <= ONE_PASS_RANK and not problem.dropout
+    table = {
+        "gemm_expand": tiles.gemm_tile(family, width, problem.M, rank, dropout=False),
+        "gemm_expand_dropout": tiles.gemm_tile(family, width, problem.M, rank, dropout=True),
+        "shrink": tiles.shrink_tile(family, width, rank),
+        "one_pass": tiles.one_pass_tile(family, width, problem.M, rank),
+        "bwd_lora_b": tiles.bwd_lora_b_tile(family, width, rank),
+        "bwd_lora_a": tiles.bwd_lora_a_tile(family, width, rank),
+    }
+    if width == "mixed":
+        precision = "tf32x3" if nvidia else "ieee"
+    else:
+        precision = "tf32" if problem.tf32 and nvidia else "ieee"
+    row_tiles = -(-problem.M // table["shrink"].block_m)
+    column_tiles = -(-problem.N // table["bwd_lora_b"].block_n)
+    steps_m = -(-problem.M // table["bwd_lora_b"].block_m)
+    steps_k = -(-problem.K // table["shrink"].block_k)
+    return Plan(
+        backend="triton",
+        strategy="one_pass" if one_pass else "shrink_fused",
+        reason=reason,
+        precision=precision,
+        use_tma=family == "hopper" and not problem.interpreted and width != "32",
+        shrink_splits=_splits(problem.sm_count, row_tiles, steps_k),
+        row_splits=_splits(problem.sm_count, column_tiles, steps_m),
+        tiles=tuple(table.items()),
+    )
+
+
+def _splits(sm_count: int, tiles_without: int, steps: int) -> int:
+    """How many ways to split a reduction so that about one program sits on every multiprocessor."""
+    return max(1, min(sm_count // max(tiles_without, 1), steps, ROW_SPLITS_MAX))
+
+
+@lru_cache(maxsize=4096)
+def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan:
+    """The plan for one problem; an explicit backend is honoured or raises, only "auto" chooses.
+
+    Cached: a training step asks for the same few problems over and over, and M is part of the key.
+
+    Raises:
+        UnsupportedError: the named backend cannot serve the problem; the message says why.
+    """
+    if backend == "reference":
+        return Plan("reference", "eager", "asked for by name")
+    obstacle = obstacle_to_triton(
+        problem.dtype, problem.arch, problem.device_type,
+        interpreted=problem.interpreted, triton_available=triton_available,
+    )  # fmt: skip
+    if backend == "torch":
+        return _torch_plan(problem, "asked for by name")
+    if backend == "triton":
+        if obstacle:
+            raise UnsupportedError(
+                f"backend='triton' cannot serve this problem: {obstacle}. Use backend='auto' to fall back."
+            )
+        return _triton_plan(problem, "asked for by name")
+    if obstacle or problem.interpreted:
+        return _torch_plan(problem, obstacle or "the interpreter is for tests; auto never chooses it")
+    if problem.M <= DECODE_ROWS and problem.R <= ONE_PASS_RANK and not problem.dropout:
+        return _triton_plan(
+            problem, f"M <= {DECODE_ROWS}: the weight's bytes are the cost, so one launch reads them once"
+        )
+    if problem.dropout:
+        return _triton_plan(
+            problem, "dropout: the mask is recomputed in registers; in library calls it would be passes over x"
+        )
+    if problem.width == "mixed":
+        return _triton_plan(problem, "fp32 adapters on a 16-bit base: the kernels multiply them without casting x")
+    return _torch_plan(problem, "no measurement of this GPU says that a fused GEMM beats the library's at this M")

@@ -1,0 +1,78 @@
+"""Dropout masks as a function of (seed, row, column): Philox4x32-10 in integer torch arithmetic.
+
+A mask is never stored. Every backend recomputes
+
+    keep(row, col) = u16(seed, row, col) >= threshold(p)
+
+where u16 is one of the eight 16-bit pieces that the counter (col // 8, row, 0, 0) yields under the 64-bit key `seed`:
+word (col % 8) // 2, low half for even columns, high half for odd ones. Rows are tokens after flattening x to [M, K].
+The Triton kernels evaluate the same function in uint32 registers; tests compare the two bit for bit.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (section 4, Philox-4x32-10).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
+KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
+LOW_32 = 0xFFFFFFFF
+COLUMNS_PER_COUNTER = 8
+LEVELS = 1 << 16
+
+
+def dropout_threshold(p: float) -> int:
+    """The number of 16-bit values that drop an element: p to the nearest 1/65536, always below 65536."""
+    return min(round(p * LEVELS), LEVELS - 1)
+
+
+def dropout_scale(p: float) -> float:
+    """1 / (1 - p) for the p that is really applied, so that the expectation of drop(x) is exactly x."""
+    return LEVELS / (LEVELS - dropout_threshold(p))
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten Philox rounds over broadcastable int64 tensors that hold uint32 values.
+
+    A product of two uint32 values wraps in int64, but its bits are right: the high word is read back by a shift and a mask.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product_a, product_b = c0 * ROUND_A, c2 * ROUND_B
+        c0, c1 = (product_b >> 32).bitwise_and_(LOW_32) ^ c1 ^ k0, product_b.bitwise_and_(LOW_32)
+        c2, c3 = (product_a >> 32).bitwise_and_(LOW_32) ^ c3 ^ k1, product_a.bitwise_and_(LOW_32)
+        k0, k1 = (k0 + KEY_A) & LOW_32, (k1 + KEY_B) & LOW_32
+    return c0, c1, c2, c3
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int = 0, first_column: int = 0) -> Tensor:
+    """The dropout mask of a [rows, columns] block of an [M, K] input.
+
+    Args:
+        seed: [1] int64; its 64 bits are the key.
+        rows, columns: size of the block.
+        p: probability to drop, in [0, 1).
+        first_row, first_column: where the block lies in [M, K], for masks made block by block; first_column a multiple of 8.
+
+    Returns:
+        [rows, columns] bool on seed's device; True keeps the element.
+
+    Source:
+        SC 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox-4x32-10.
+    """
+    groups = -(-columns // COLUMNS_PER_COUNTER)
+    first_group = first_column // COLUMNS_PER_COUNTER
+    group = torch.arange(first_group, first_group + groups, dtype=torch.int64, device=seed.device)[None, :]
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)[:, None]
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=seed.device)
+    words = philox_4x32((group, row, zero, zero), (seed & LOW_32, (seed >> 32) & LOW_32))
+
+    threshold = dropout_threshold(p)
+    keep = torch.empty(rows, groups, COLUMNS_PER_COUNTER, dtype=torch.bool, device=seed.device)
+    for index, word in enumerate(words):
+        torch.ge(word & 0xFFFF, threshold, out=keep[:, :, 2 * index])
+        torch.ge(word >> 16, threshold, out=keep[:, :, 2 * index + 1])
+    return keep.view(rows, groups * COLUMNS_PER_COUNTER)[:, :columns]

@@ -1,0 +1,159 @@
+"""Compile a kernel for a GPU that is not there, and read what the assembler made of it.
+
+Needs neither a driver nor a CUDA toolkit: Triton's wheel carries ptxas, cuobjdump and nvdisasm, and LLVM for
+AMD. A kernel takes 0.2 to 1 s; its figures cost 10 ms more, and `opcodes`, which disassembles, about as much
+as compiling again, so it is read only when asked for.
+"""
+
+import dataclasses
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Most shared memory that one block may ask for. NVIDIA: CUDA C++ Programming Guide, table "Technical
+# Specifications per Compute Capability" (the opt-in maximum: 1 KiB less than the multiprocessor has). AMD:
+# "CDNA3 Instruction Set Architecture", local data share.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+TARGETS = tuple(SHARED_LIMIT)
+TENSOR_MEMORY_COLUMNS = 512  # of an sm_100 multiprocessor
+
+# A line of SASS: /*0040*/ @!P0 HGMMA.64x128x16.F32.BF16 R24, ... ; of AMD's assembly: a tab, then the
+# mnemonic.
+_SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_AMD_OPCODE = re.compile(r"^\t([a-z]\w+)", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What one compiled kernel takes of one target.
+
+    Attributes:
+        registers: 32-bit registers of a thread (AMD: vector registers, accumulation registers included).
+        spill_bytes: local memory of a thread: NVIDIA's stack frame, AMD's scratch. Kernels without arrays have it
+            only where registers spill.
+        spilled_registers: AMD's own count, vector and scalar, which also sees spills that need no memory; 0 on NVIDIA.
+        shared_bytes: shared memory that the launch asks for.
+        tensor_memory_columns: of sm_100; 0 elsewhere.
+    """
+
+    target: str
+    registers: int
+    spill_bytes: int
+    spilled_registers: int
+    shared_bytes: int
+    tensor_memory_columns: int
+    binary: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction occurs, by its name up to the first dot: HGMMA, LDSM; v_mfma_..."""
+        if self.target.startswith("gfx"):
+            return Counter(_AMD_OPCODE.findall(self.binary.decode()))
+        sass = _nvidia_tool("nvdisasm", self.binary, "-c")
+        return Counter(opcode.partition(".")[0] for opcode in _SASS_OPCODE.findall(sass))
+
+    def faults(self) -> list[str]:
+        """Why this kernel should not be shipped: spills, or more memory than the target has. Empty if it may."""
+        limit, faults = SHARED_LIMIT[self.target], []
+        if self.spill_bytes or self.spilled_registers:
+            faults.append(f"spills: {self.spill_bytes} B a thread, {self.spilled_registers} registers")
+        if self.shared_bytes > limit:
+            faults.append(f"shared memory: {self.shared_bytes} B of {limit} B")
+        if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+            faults.append(f"tensor memory: {self.tensor_memory_columns} columns of {TENSOR_MEMORY_COLUMNS}")
+        return faults
+
+
+def compile_only(
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    target: str,
+    num_warps: int,
+    num_stages: int,
+    divisible_by_16: Collection[str] = (),
+    **options: Any,
+) -> Figures:
+    """Compile `fn` as a launch with such arguments would.
+
+    Args:
+        fn: a @triton.jit function.
+        signature: type of each runtime argument: "*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>".
+        constexprs: the constexpr arguments; also pointers that are None, and integers that are 1, because a launch
+            makes constants of them too (unless the kernel is told not to specialise on them).
+        target: one of TARGETS.
+        num_warps: warps in a block (of 64 threads on AMD).
+        num_stages: depth of the software pipeline.
+        divisible_by_16: arguments that a launch would find to be multiples of 16 (bytes, for pointers).
+        **options: further compile options, such as maxnreg.
+    """
+    given = {**signature, **dict.fromkeys(constexprs, "constexpr")}
+    if set(given) != set(fn.arg_names) or not given.keys() >= set(divisible_by_16):
+        odd = sorted(set(given) ^ set(fn.arg_names) | set(divisible_by_16) - set(given))
+        raise ValueError(f"{fn.__name__}: arguments missing, or unknown to it: {', '.join(odd)}")
+    source = ASTSource(
+        fn,
+        {name: given[name] for name in fn.arg_names},
+        dict(constexprs),
+        {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
+    )
+    # Said outright, because Triton 3.9 warns that the default of fp fusion will change.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options}
+    kernel = triton.compile(source, target=_gpu_target(target), options=options)
+    if target.startswith("gfx"):
+        return _amd_figures(kernel, target)
+    usage = _nvidia_tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return Figures(
+        target=target,
+        registers=int(found["REG"]),
+        spill_bytes=int(found["STACK"]) + int(found["LOCAL"]),
+        spilled_registers=0,
+        shared_bytes=kernel.metadata.shared,
+        tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
+        binary=kernel.asm["cubin"],
+    )
+
+
+def _gpu_target(target: str) -> GPUTarget:
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+
+def _amd_figures(kernel: Any, target: str) -> Figures:
+    assembly = kernel.asm["amdgcn"]
+    # The kernel's metadata, at the end of its assembly: "    .vgpr_count:     122".
+    found = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
+    return Figures(
+        target=target,
+        registers=found["vgpr_count"],
+        spill_bytes=found["private_segment_fixed_size"],
+        spilled_registers=found["vgpr_spill_count"] + found["sgpr_spill_count"],
+        shared_bytes=kernel.metadata.shared,
+        tensor_memory_columns=0,
+        binary=assembly.encode(),
+    )
+
+
+def _nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        tool = getattr(triton.knobs.nvidia, name).path
+        return subprocess.run([tool, *arguments, path], check=True, capture_output=True, text=True).stdout

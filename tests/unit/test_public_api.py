@@ -1,0 +1,119 @@
+"""The public surface, written out: a change here is a breaking change and goes through docs/changelog.md."""
+
+import inspect
+import re
+import types
+
+import pytest
+
+import lora_kernels
+
+NAMES = {
+    "AdapterFileError",
+    "ArgumentError",
+    "DeviceError",
+    "DtypeError",
+    "LoRAKernelsError",
+    "LoRALinear",
+    "Plan",
+    "ShapeError",
+    "UnsupportedError",
+    "explain_plan",
+    "lora_linear",
+}
+
+SIGNATURES = {
+    "lora_linear": (
+        "(x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, "
+        "backend='auto')"
+    ),
+    "explain_plan": ("(M, N, K, R, *, dtype, device, adapter_dtype=None, dropout_p=0.0, training=True)"),
+    "LoRALinear": (
+        "(in_features, out_features, bias=True, *, r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False, "
+        "init_lora_weights=True, device=None, dtype=None, adapter_dtype=None, backend='auto')"
+    ),
+    # Device and dtype are the given layer's.
+    "LoRALinear.from_linear": (
+        "(linear, *, r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False, "
+        "init_lora_weights=True, adapter_dtype=None, backend='auto')"
+    ),
+    "LoRALinear.merge": "(self)",
+    "LoRALinear.unmerge": "(self)",
+}
+
+ERRORS = {
+    "AdapterFileError": ValueError,
+    "ArgumentError": ValueError,
+    "DeviceError": ValueError,
+    "DtypeError": TypeError,
+    "ShapeError": ValueError,
+    "UnsupportedError": NotImplementedError,
+}
+
+
+def public_names() -> set[str]:
+    return {
+        name
+        for name, value in vars(lora_kernels).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def resolve(path: str):
+    value = lora_kernels
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def names_kinds_defaults(function) -> str:
+    """The signature without annotations: those may become more precise without breaking a caller."""
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+
+
+def test_names():
+    assert public_names() == NAMES
+
+
+def test_star_import_gives_the_same_names():
+    namespace: dict[str, object] = {}
+    exec("from lora_kernels import *", namespace)
+    assert {n for n in namespace if not n.startswith("_")} >= NAMES
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signature(path):
+    assert names_kinds_defaults(resolve(path)) == SIGNATURES[path]
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_every_parameter_and_result_is_annotated(path):
+    signature = inspect.signature(resolve(path))
+    missing = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+    assert missing == []
+
+
+@pytest.mark.parametrize(("name", "base"), ERRORS.items())
+def test_error_bases(name, base):
+    assert issubclass(resolve(name), base)
+    assert issubclass(resolve(name), lora_kernels.LoRAKernelsError)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_has_a_docstring(name):
+    # Not the one a dataclass makes of its fields.
+    assert not re.match(rf"{name}\(|$", inspect.getdoc(resolve(name)) or "")
+
+
+def test_layer_has_torch_and_peft_names():
+    layer = lora_kernels.LoRALinear(6, 5, r=4, lora_alpha=8)
+    assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert layer.scaling == 2.0
+    assert layer.merged is False
+
+
+def test_version_is_a_release_number():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lora_kernels.__version__)
