@@ -7,7 +7,6 @@ below: ops and kernels trust what they are given.
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -41,7 +40,7 @@ def check_features(name: str, features: object) -> None:
 
 def check_dropout_p(p: object, name: str = "dropout_p") -> None:
     """A number in [0, 1)."""
-    if not isinstance(p, Real) or not 0.0 <= p < 1.0:
+    if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0.0 <= p < 1.0:
         raise ArgumentError(
             f"{name} must be a number in [0, 1); got {p!r}. Dropping everything (p = 1) leaves no LoRA to train."
         )
@@ -49,7 +48,7 @@ def check_dropout_p(p: object, name: str = "dropout_p") -> None:
 
 def check_scaling(scaling: object, name: str = "scaling") -> None:
     """A finite number."""
-    if not isinstance(scaling, Real) or not math.isfinite(scaling):
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not math.isfinite(scaling):
         raise ArgumentError(f"{name} must be a finite number, usually lora_alpha / r; got {scaling!r}.")
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import low_rank_dot
+from lora_kernels.kernels.device import kahan_add, low_rank_dot
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -40,6 +40,7 @@ def bwd_lora_b_kernel(
         dyb_ptr += pid_n.to(tl.int64) * M * R
     acc_b = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     acc_bias = tl.zeros((BLOCK_N,), tl.float32)
+    lost_bias = tl.zeros((BLOCK_N,), tl.float32)
     for row in range(row_begin, row_end, BLOCK_M):
         offs_m = row + tl.arange(0, BLOCK_M)
         mask_m = offs_m < row_end
@@ -59,7 +60,7 @@ def bwd_lora_b_kernel(
             xa = tl.load(xa_ptr + offs_rank, mask=mask_rank, other=0.0)  # [BLOCK_M, BLOCK_R]
             acc_b = low_rank_dot(tl.trans(dy), xa, acc_b, PRECISION)
         if NEEDS_D_BIAS:
-            acc_bias += tl.sum(dy.to(tl.float32), axis=0)
+            acc_bias, lost_bias = kahan_add(acc_bias, lost_bias, tl.sum(dy.to(tl.float32), axis=0))
 
     if NEEDS_D_B:
         d_b_ptrs = d_b_ptr + pid_split.to(tl.int64) * N * R + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :]

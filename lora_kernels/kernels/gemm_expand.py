@@ -49,7 +49,7 @@ def gemm_expand_kernel(
         acc, s_ptr, e_ptr, seed, threshold,
         M, N, R, offs_m, offs_n, pid_n * BLOCK_N,
         stride_s_m, stride_e_r, stride_e_n,
-        HAS_DROPOUT, PRECISION, BLOCK_N, BLOCK_R,
+        HAS_DROPOUT, s_ptr.dtype.element_ty != out_ptr.dtype.element_ty, PRECISION, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]

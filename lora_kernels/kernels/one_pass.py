@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import grouped_tile, keep_tile, low_rank_dot
+from lora_kernels.kernels.device import expand_dot, grouped_tile, keep_tile, low_rank_dot
 from lora_kernels.planning.tiles import Tile
 
 
@@ -61,7 +61,7 @@ def one_pass_kernel(
         mask=(offs_r[:, None] < R) & (offs_n[None, :] < N),
         other=0.0,
     )
-    acc = tl.dot(xa, b, acc, input_precision=PRECISION)
+    acc = expand_dot(xa, b, acc, xa_ptr.dtype.element_ty != y_ptr.dtype.element_ty, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(

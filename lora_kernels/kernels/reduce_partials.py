@@ -2,12 +2,16 @@
 
     out[e] = scale * (((p[0, e] + p[1, e]) + p[2, e]) + ...)
 
-Grid (blocks of elements). fp32 throughout, one rounding to out's dtype.
+Grid (blocks of elements). fp32 with Kahan's compensation, so that the error does not grow with the number of shares (a
+plain chain of 64 would cost more than the library's pairwise sums, and is no faster: the kernel waits for memory); one
+rounding to out's dtype.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lora_kernels.kernels.device import kahan_add
 
 BLOCK = 1024
 
@@ -17,9 +21,10 @@ def reduce_partials_kernel(partials_ptr, out_ptr, splits, elements, scale, BLOCK
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
     acc = tl.zeros((BLOCK,), tl.float32)
+    lost = tl.zeros((BLOCK,), tl.float32)
     ptrs = partials_ptr + offs
     for _ in range(splits):
-        acc += tl.load(ptrs, mask=mask, other=0.0)
+        acc, lost = kahan_add(acc, lost, tl.load(ptrs, mask=mask, other=0.0))
         ptrs += elements
     tl.store(out_ptr + offs, (acc * tl.cast(scale, tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
 

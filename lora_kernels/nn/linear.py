@@ -120,20 +120,14 @@ class LoRALinear(nn.Linear):
             DtypeError: linear is not an nn.Linear with a plain floating-point weight.
             ArgumentError: as for the class.
         """
-        weight = getattr(linear, "weight", None)
-        plain = isinstance(linear, nn.Linear) and isinstance(weight, Tensor) and weight.is_floating_point()
-        if not plain or weight.shape != (linear.out_features, linear.in_features):  # type: ignore[union-attr]
-            found = f"weight {list(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else "no weight tensor"
-            raise DtypeError(
-                f"linear must be an nn.Linear with a floating-point weight [out_features, in_features]; got {type(linear).__name__} "
-                f"with {found}. Dequantise it first, or adapt another layer."
-            )
+        _check_plain(linear)
         layer = cls.__new__(cls)
         layer._configure(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight = linear.weight.requires_grad_(False)
-        layer.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))
+        layer.weight, layer.bias = linear.weight, linear.bias
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
         layer._make_adapter(adapter_dtype)
         layer.reset_lora_parameters()
         return layer.train(linear.training)
@@ -242,3 +236,16 @@ class LoRALinear(nn.Linear):
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
             f"scaling={self.scaling:.4g}{adapter}{', merged' if self.merged else ''}"
         )
+
+
+def _check_plain(linear: Any) -> None:
+    """Refuses what only looks like a linear: a quantised layer's packed weight has neither this dtype nor this shape."""
+    weight = getattr(linear, "weight", None)
+    if isinstance(linear, nn.Linear) and isinstance(weight, nn.Parameter) and weight.is_floating_point():
+        if weight.shape == (linear.out_features, linear.in_features):
+            return
+    found = f"weight {list(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else "no weight tensor"
+    raise DtypeError(
+        "linear must be an nn.Linear with a floating-point weight [out_features, in_features]; "
+        f"got {type(linear).__name__} with {found}. Dequantise it first, or adapt another layer."
+    )

@@ -3,7 +3,9 @@
 Torch-only at import time; Triton is imported by the first call that a plan sends to it.
 """
 
-from lora_kernels.ops.linear import Needs as Needs
-from lora_kernels.ops.linear import linear_backward as linear_backward
-from lora_kernels.ops.linear import linear_forward as linear_forward
-from lora_kernels.ops.linear import problem_of as problem_of
+from lora_kernels.ops._linear_torch import Needs as Needs
+from lora_kernels.ops.linear import (
+    linear_backward as linear_backward,
+    linear_forward as linear_forward,
+    problem_of as problem_of,
+)

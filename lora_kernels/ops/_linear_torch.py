@@ -40,8 +40,9 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def _row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    step = max(16, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // max(columns, 1))
+def _row_blocks(t: Tensor) -> Iterator[slice]:
+    rows, columns = t.shape
+    step = max(16, BLOCK_ELEMENTS.get(t.device.type, BLOCK_ELEMENTS["cuda"]) // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -72,7 +73,7 @@ def forward(
     xa = torch.empty((m, r), dtype=lora_A.dtype, device=x.device)
     if blockwise:
         wide_A = lora_A.to(_compute_dtype(x))
-        for rows in _row_blocks(*x.shape, x.device):
+        for rows in _row_blocks(x):
             block = _dropped(x, rows, seed, dropout_p)
             xa[rows] = torch.mm(block, wide_A.T).mul_(alpha)
     else:
@@ -84,7 +85,7 @@ def forward(
         return y, xa
     if xa.dtype != x.dtype:
         wide_bias = None if bias is None else bias.to(xa.dtype)
-        for rows in _row_blocks(m, n, x.device):
+        for rows in _row_blocks(y):
             block = torch.mm(xa[rows], lora_B.T) if wide_bias is None else torch.addmm(wide_bias, xa[rows], lora_B.T)
             y[rows] = block
     elif bias is None:
@@ -103,7 +104,8 @@ def _dropped(x: Tensor, rows: slice, seed: Tensor | None, dropout_p: float) -> T
 
 def _mask(block: Tensor, seed: Tensor, dropout_p: float, first_row: int, first_column: int = 0) -> Tensor:
     """Zeroes the dropped elements of a block in place; a fill, since a product would keep their NaN and Inf."""
-    keep = keep_mask(seed, *block.shape, dropout_p, first_row=first_row, first_column=first_column)
+    rows, columns = block.shape
+    keep = keep_mask(seed, rows, columns, dropout_p, first_row=first_row, first_column=first_column)
     return block.masked_fill_(keep.logical_not_(), 0)
 
 
@@ -120,7 +122,7 @@ def _upcast_gemm(
     """out = lhs rhs + bias + mask * (s e), in fp32 over blocks of out, each rounded once."""
     (m, k), n = lhs.shape, rhs.shape[1]
     s, e = s.float(), e.float()
-    step_n = max(256, WEIGHT_BLOCK_ELEMENTS // max(k, 1) // COLUMNS_PER_COUNTER * COLUMNS_PER_COUNTER)
+    step_n = max(256, WEIGHT_BLOCK_ELEMENTS // k // COLUMNS_PER_COUNTER * COLUMNS_PER_COUNTER)
     for start_n in range(0, n, step_n):
         columns = slice(start_n, start_n + step_n)
         wide_rhs, wide_e = rhs[:, columns].float(), e[:, columns]
@@ -195,7 +197,7 @@ def _blockwise_lora_b(
         wide_B = lora_B.to(compute)
     if xa is not None:
         d_lora_B = torch.zeros((n, xa.shape[1]), dtype=compute, device=dy.device)
-    for rows in _row_blocks(m, n, dy.device):
+    for rows in _row_blocks(dy):
         block = dy[rows].to(compute)
         if dyb is not None and wide_B is not None:
             dyb[rows] = torch.mm(block, wide_B).mul_(alpha)
@@ -210,7 +212,7 @@ def _blockwise_lora_a(x: Tensor, dyb: Tensor, seed: Tensor | None, dropout_p: fl
     """dA = dyb^T (mask * x), accumulated in fp32 over blocks of rows and cast once."""
     compute = _compute_dtype(x)
     d_lora_A = torch.zeros((dyb.shape[1], x.shape[1]), dtype=compute, device=x.device)
-    for rows in _row_blocks(*x.shape, x.device):
+    for rows in _row_blocks(x):
         d_lora_A.addmm_(dyb[rows].to(compute).T, _dropped(x, rows, seed, dropout_p))
     return d_lora_A.to(dyb.dtype)
 
@@ -220,7 +222,7 @@ def _low_rank_dx(dyb: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: fl
     if seed is None and dyb.dtype == dx.dtype:
         torch.mm(dyb, lora_A, out=dx)
         return
-    for rows in _row_blocks(*dx.shape, dx.device):
+    for rows in _row_blocks(dx):
         block = torch.mm(dyb[rows], lora_A)
         if seed is not None:
             _mask(block, seed, dropout_p, rows.start)

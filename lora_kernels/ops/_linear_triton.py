@@ -116,14 +116,14 @@ def _gemm(
     plan: Plan,
 ) -> Tensor:
     """The large GEMM of either direction with its expand, through descriptors where the layout allows."""
-    tile = plan.tile("gemm_expand" if seed is None else "gemm_expand_dropout")
+    suffix = "" if seed is None else "_dropout"
     n = weight.shape[0 if transpose_weight else 1]
     if plan.use_tma and n * lhs.element_size() % 16 == 0 and tma_serves(lhs, weight):
         return gemm_expand_tma(
             lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias, seed=seed,
-            threshold=threshold, precision=plan.precision, tile=tile,
+            threshold=threshold, precision=plan.precision, tile=plan.tile("gemm_expand_tma" + suffix),
         )  # fmt: skip
-    rhs = weight.T if transpose_weight else weight
     return gemm_expand(
-        lhs=lhs, rhs=rhs, s=s, e=e, bias=bias, seed=seed, threshold=threshold, precision=plan.precision, tile=tile
-    )
+        lhs=lhs, rhs=weight.T if transpose_weight else weight, s=s, e=e, bias=bias, seed=seed,
+        threshold=threshold, precision=plan.precision, tile=plan.tile("gemm_expand" + suffix),
+    )  # fmt: skip

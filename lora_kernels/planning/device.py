@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ class DeviceTraits(NamedTuple):
     sm_count: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_traits(device_type: str, index: int | None) -> DeviceTraits:
     """Traits of one device; index None is the current one."""
     if device_type != "cuda":
@@ -26,7 +26,7 @@ def device_traits(device_type: str, index: int | None) -> DeviceTraits:
     return DeviceTraits(arch, properties.multi_processor_count)
 
 
-@lru_cache(maxsize=None)
+@cache
 def triton_available() -> bool:
     """Whether triton can be imported, found out without importing it."""
     return importlib.util.find_spec("triton") is not None

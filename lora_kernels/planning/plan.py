@@ -7,7 +7,7 @@ H200, so what decides is how many passes a composition makes and whether a GEMM 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -21,8 +21,6 @@ Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "eager"]
 
 DECODE_ROWS = 128
 """Up to this M the weight's bytes are the cost, and a second launch costs more than repeating the low-rank product."""
-ONE_PASS_RANK = 128
-"""Past this rank one_pass would spend more multiply-adds on x A^T than on its tile of x W^T."""
 UPCAST_ROWS = 16
 """From this M on, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
 ROW_SPLITS_MAX = 64
@@ -86,7 +84,7 @@ class Plan:
         return dict(self.tiles)[kernel]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of `dtype` in hardware; unknown counts as yes (the library knows best)."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -126,18 +124,25 @@ def _torch_plan(problem: Problem, reason: str) -> Plan:
     return Plan("torch", "library", reason)
 
 
+def _is_decode(problem: Problem) -> bool:
+    return problem.M <= DECODE_ROWS and tiles.ONE_PASS_RANK[problem.width] >= problem.R and not problem.dropout
+
+
 def _triton_plan(problem: Problem, reason: str) -> Plan:
-    family, width, rank = problem.family, problem.width, problem.R
+    family, width, m, rank = problem.family, problem.width, problem.M, problem.R
     nvidia = family != "cdna3"
-    one_pass = problem.M <= DECODE_ROWS and rank <= ONE_PASS_RANK and not problem.dropout
     table = {
-        "gemm_expand": tiles.gemm_tile(family, width, problem.M, rank, dropout=False),
-        "gemm_expand_dropout": tiles.gemm_tile(family, width, problem.M, rank, dropout=True),
+        "gemm_expand": tiles.gemm_tile(family, width, m, rank, dropout=False),
+        "gemm_expand_dropout": tiles.gemm_tile(family, width, m, rank, dropout=True),
         "shrink": tiles.shrink_tile(family, width, rank),
-        "one_pass": tiles.one_pass_tile(family, width, problem.M, rank),
         "bwd_lora_b": tiles.bwd_lora_b_tile(family, width, rank),
         "bwd_lora_a": tiles.bwd_lora_a_tile(family, width, rank),
     }
+    if rank <= tiles.ONE_PASS_RANK[width]:
+        table["one_pass"] = tiles.one_pass_tile(family, width, m, rank)
+    if family == "hopper" and width != "32":
+        table["gemm_expand_tma"] = tiles.gemm_tma_tile(width, m, rank, dropout=False)
+        table["gemm_expand_tma_dropout"] = tiles.gemm_tma_tile(width, m, rank, dropout=True)
     if width == "mixed":
         precision = "tf32x3" if nvidia else "ieee"
     else:
@@ -148,10 +153,10 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
     steps_k = -(-problem.K // table["shrink"].block_k)
     return Plan(
         backend="triton",
-        strategy="one_pass" if one_pass else "shrink_fused",
+        strategy="one_pass" if _is_decode(problem) else "shrink_fused",
         reason=reason,
         precision=precision,
-        use_tma=family == "hopper" and not problem.interpreted and width != "32",
+        use_tma="gemm_expand_tma" in table and not problem.interpreted,
         shrink_splits=_splits(problem.sm_count, row_tiles, steps_k),
         row_splits=_splits(problem.sm_count, column_tiles, steps_m),
         tiles=tuple(table.items()),
@@ -188,7 +193,7 @@ def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan
         return _triton_plan(problem, "asked for by name")
     if obstacle or problem.interpreted:
         return _torch_plan(problem, obstacle or "the interpreter is for tests; auto never chooses it")
-    if problem.M <= DECODE_ROWS and problem.R <= ONE_PASS_RANK and not problem.dropout:
+    if _is_decode(problem):
         return _triton_plan(
             problem, f"M <= {DECODE_ROWS}: the weight's bytes are the cost, so one launch reads them once"
         )

@@ -51,30 +51,26 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Tile:
     return Tile(block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
 
 
-# GEMM with the expand folded in, at training M and at a few dozen rows.
-_GEMM: dict[tuple[Family, Width], tuple[Tile, Tile]] = {
-    ("hopper", "16"): (_tile(128, 256, 64, 8, 3), _tile(64, 64, 128, 4, 3)),
-    ("ampere", "16"): (_tile(128, 128, 64, 8, 3), _tile(64, 64, 64, 4, 3)),
-    ("ada", "16"): (_tile(128, 128, 32, 8, 3), _tile(64, 64, 64, 4, 3)),
-    ("cdna3", "16"): (_tile(128, 128, 32, 8, 2), _tile(64, 64, 64, 4, 2)),
-    ("hopper", "32"): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
-    ("ampere", "32"): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
-    ("ada", "32"): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
-    ("cdna3", "32"): (_tile(64, 64, 32, 8, 2), _tile(64, 32, 32, 4, 2)),
+# GEMM with the expand folded in, from pointers: at training M, and at a few dozen rows. 128 x 256 from pointers takes all
+# 255 registers on sm_90 and spills at rank 64, so that size is left to descriptors.
+_GEMM: dict[tuple[Family, bool], tuple[Tile, Tile]] = {
+    ("hopper", False): (_tile(128, 128, 64, 8, 3), _tile(64, 64, 64, 4, 3)),
+    ("ampere", False): (_tile(128, 128, 64, 8, 3), _tile(64, 64, 64, 4, 3)),
+    ("ada", False): (_tile(128, 128, 32, 8, 3), _tile(64, 64, 64, 4, 3)),
+    ("cdna3", False): (_tile(128, 128, 32, 8, 2), _tile(64, 64, 64, 4, 2)),
+    ("hopper", True): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
+    ("ampere", True): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
+    ("ada", True): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
+    ("cdna3", True): (_tile(64, 64, 32, 8, 2), _tile(64, 32, 32, 4, 2)),
 }
+_GEMM_TMA = (_tile(128, 256, 64, 8, 3), _tile(64, 64, 128, 4, 3))
 # The dropout mask and a second accumulator live in the epilogue of dx: half the tile.
-_GEMM_DROPOUT: dict[tuple[Family, Width], Tile] = {
-    ("hopper", "16"): _tile(128, 128, 64, 8, 3),
-    ("ampere", "16"): _tile(128, 128, 64, 8, 3),
-    ("ada", "16"): _tile(128, 128, 32, 8, 3),
-    ("cdna3", "16"): _tile(64, 128, 32, 8, 2),
-    ("hopper", "32"): _tile(64, 64, 32, 8, 3),
-    ("ampere", "32"): _tile(64, 64, 32, 8, 3),
-    ("ada", "32"): _tile(64, 64, 32, 8, 3),
-    ("cdna3", "32"): _tile(64, 64, 32, 8, 2),
-}
+_GEMM_TMA_DROPOUT = _tile(128, 128, 64, 8, 3)
+_GEMM_CDNA3_DROPOUT = _tile(64, 128, 32, 8, 2)
 FEW_ROWS = 64
 """Up to this M the tall GEMM tile would be mostly padding."""
+ONE_PASS_RANK: dict[Width, int] = {"16": 128, "mixed": 64, "32": 32}
+"""Past this rank one_pass spends more on x A^T than on its tile of x W^T, and its accumulators spill."""
 
 
 def padded_rank(rank: int) -> int:
@@ -82,57 +78,76 @@ def padded_rank(rank: int) -> int:
     return max(SMALLEST_DOT, 1 << (rank - 1).bit_length())
 
 
+def _expand_rank(width: Width, rank: int) -> int:
+    """Step of the expand over the rank. fp32 tiles are twice as large, and their FMA products take more registers."""
+    if width == "32":
+        return SMALLEST_DOT
+    return SMALLEST_DOT if rank <= SMALLEST_DOT else (64 if width == "16" else 32)
+
+
 def gemm_tile(family: Family, width: Width, m: int, rank: int, *, dropout: bool) -> Tile:
-    """Tile of `gemm_expand` and `gemm_expand_tma`; the expand walks the rank in steps of at most 64 (32 in fp32)."""
-    base: Width = "32" if width == "32" else "16"
-    if dropout:
-        tile = _GEMM_DROPOUT[family, base]
-    else:
-        tile = _GEMM[family, base][m <= FEW_ROWS]
-    return replace(tile, block_r=min(padded_rank(rank), 64 if width == "16" else 32))
+    """Tile of `gemm_expand`."""
+    few = m <= FEW_ROWS
+    tile = _GEMM[family, width == "32"][few]
+    if dropout and family == "cdna3" and width != "32" and not few:
+        tile = _GEMM_CDNA3_DROPOUT
+    return replace(tile, block_r=_expand_rank(width, rank))
+
+
+def gemm_tma_tile(width: Width, m: int, rank: int, *, dropout: bool) -> Tile:
+    """Tile of `gemm_expand_tma`, which serves 16-bit x on the hopper family."""
+    few = m <= FEW_ROWS
+    tile = _GEMM_TMA_DROPOUT if dropout and not few else _GEMM_TMA[few]
+    return replace(tile, block_r=_expand_rank(width, rank))
 
 
 def shrink_tile(family: Family, width: Width, rank: int) -> Tile:
-    """Tile of `shrink`: x streams through once per 64 columns of rank."""
+    """Tile of `shrink`: x streams through once per 64 columns of rank (32 in fp32)."""
+    if width == "32":
+        return Tile(block_m=32, block_k=32, block_r=min(padded_rank(rank), 32))
     block_k = 128 if width == "16" and family != "cdna3" else 64
     stages = 2 if family == "cdna3" else 3
-    block_m = 64 if width != "32" else 32
-    return Tile(
-        block_m=block_m, block_k=block_k if width != "32" else 32, block_r=min(padded_rank(rank), 64), num_stages=stages
-    )
+    # tf32x3 keeps a second accumulator: 64 columns of it spill where the products are mma.sync.
+    widest = 32 if width == "mixed" and family in ("ampere", "ada") else 64
+    return Tile(block_m=64, block_k=block_k, block_r=min(padded_rank(rank), widest), num_stages=stages)
 
 
 def one_pass_tile(family: Family, width: Width, m: int, rank: int) -> Tile:
-    """Tile of `one_pass`: block_r is the whole rank, and the others shrink as it grows."""
+    """Tile of `one_pass`: block_r is the whole rank, up to ONE_PASS_RANK."""
     block_r = padded_rank(rank)
     few = m <= SMALLEST_DOT
     stages = 2 if family in ("ada", "cdna3") else 3
-    if width == "16":
-        if block_r <= 64:
-            tile = _tile(16 if few else 64, 64, 64 if family == "cdna3" else 128, 4, stages)
-        elif block_r <= 128:
-            tile = _tile(16 if few else 64, 64, 32 if family == "cdna3" else 64, 8, stages)
-        else:
-            tile = _tile(16, 64, 32, 8, stages)
-    elif block_r <= 64:
+    if width == "32":
+        tile = _tile(16, 32, 16, 4, 2)
+    elif width == "mixed":
         tile = _tile(16 if few else 32, 32, 32, 4, stages)
+    elif block_r <= 64:
+        tile = _tile(16 if few else 64, 64, 128 if family == "hopper" else 64, 4, stages)
     else:
-        tile = _tile(16, 32, 16, 8, 2)
+        tile = _tile(16 if few else 64, 64, 32 if family == "cdna3" else 64, 8, stages)
     return replace(tile, block_r=block_r)
 
 
 def bwd_lora_b_tile(family: Family, width: Width, rank: int) -> Tile:
     """Tile of `bwd_lora_b`: one column tile of dy a program, its rows in steps of block_m."""
+    if width == "32":
+        return Tile(block_m=32, block_n=64, block_r=SMALLEST_DOT)
+    if family == "cdna3":
+        return Tile(block_m=64, block_n=64, block_r=min(padded_rank(rank), 64 if width == "16" else 16))
     block_r = min(padded_rank(rank), 64 if width == "16" else 32)
-    stages = 2 if family == "cdna3" or width == "32" else 3
-    return Tile(block_m=64, block_n=128 if width == "16" else 64, block_r=block_r, num_stages=stages)
+    # Two accumulators of 64 columns: over four warps they spill on sm_80 and sm_89.
+    warps = 8 if block_r == 64 else 4
+    return Tile(block_m=64, block_n=128 if width == "16" else 64, block_r=block_r, num_warps=warps, num_stages=3)
 
 
 def bwd_lora_a_tile(family: Family, width: Width, rank: int) -> Tile:
     """Tile of `bwd_lora_a`: one column tile of x a program, its rows in steps of block_m."""
+    if width == "32":
+        return Tile(block_m=32, block_k=64, block_r=SMALLEST_DOT)
     block_r = min(padded_rank(rank), 64 if width == "16" else 32)
-    stages = 2 if family == "cdna3" or width == "32" else 3
-    return Tile(block_m=64, block_k=128 if width == "16" else 64, block_r=block_r, num_stages=stages)
+    return Tile(
+        block_m=64, block_k=128 if width == "16" else 64, block_r=block_r, num_stages=2 if family == "cdna3" else 3
+    )
 
 
 @dataclass(frozen=True)
@@ -148,24 +163,25 @@ class ShippedTile:
 
 def shipped_tiles(family: Family) -> Iterator[ShippedTile]:
     """Every tile that any problem on this family can be given, each once."""
-    ranks = [1 << i for i in range(4, 10)]
     seen: set[ShippedTile] = set()
     for width in WIDTHS:
         for dropout in (False, True):
-            for rank in ranks:
-                candidates = [
-                    ("shrink", shrink_tile(family, width, rank)),
-                    ("bwd_lora_a", bwd_lora_a_tile(family, width, rank)),
-                ]
-                if not dropout:
-                    candidates.append(("bwd_lora_b", bwd_lora_b_tile(family, width, rank)))
-                for m in (SMALLEST_DOT, FEW_ROWS, 1 << 13):
-                    candidates.append(("gemm_expand", gemm_tile(family, width, m, rank, dropout=dropout)))
-                    candidates.append(("one_pass", one_pass_tile(family, width, m, rank)))
-                    if family == "hopper":
-                        candidates.append(("gemm_expand_tma", gemm_tile(family, width, m, rank, dropout=dropout)))
-                for kernel, tile in candidates:
+            for rank in (1 << i for i in range(4, 10)):
+                for kernel, tile in _tiles_of(family, width, rank, dropout=dropout):
                     entry = ShippedTile(kernel, family, width, dropout, tile)
                     if entry not in seen:
                         seen.add(entry)
                         yield entry
+
+
+def _tiles_of(family: Family, width: Width, rank: int, *, dropout: bool) -> Iterator[tuple[str, Tile]]:
+    yield "shrink", shrink_tile(family, width, rank)
+    yield "bwd_lora_a", bwd_lora_a_tile(family, width, rank)
+    if not dropout:  # dy is never masked
+        yield "bwd_lora_b", bwd_lora_b_tile(family, width, rank)
+    for m in (SMALLEST_DOT, FEW_ROWS, 1 << 13):
+        yield "gemm_expand", gemm_tile(family, width, m, rank, dropout=dropout)
+        if family == "hopper" and width != "32":
+            yield "gemm_expand_tma", gemm_tma_tile(width, m, rank, dropout=dropout)
+        if rank <= ONE_PASS_RANK[width]:
+            yield "one_pass", one_pass_tile(family, width, m, rank)

@@ -2,9 +2,9 @@
 
     y = x W^T + b + s (drop(x) A^T) B^T                drop(x) = mask * x / (1 - p)
 
-`lora_linear` is differentiable PyTorch, left to autograd. `linear_forward` and `linear_backward` are the same mathematics
-cut where the kernels cut it, with the gradients derived by hand (docs/ops/linear.md): what every backend is held against.
-All take any float dtype and compute in it; tests call them in fp64.
+`lora_linear` is differentiable PyTorch, left to autograd. `linear_forward` and `linear_backward` are the same
+mathematics cut where the kernels cut it, with the gradients derived by hand (docs/ops/linear.md): what every backend is
+held against. All take any float dtype and compute in it; tests call them in fp64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Seeded inverted dropout of x [M, K]; dropped elements are exactly zero, also where x is Inf or NaN."""
     if seed is None:
         return x
-    keep = keep_mask(seed, *x.shape, p)
+    keep = keep_mask(seed, x.shape[0], x.shape[1], p)
     return torch.where(keep, x, 0) * dropout_scale(p)
 
 
@@ -89,7 +89,7 @@ def linear_backward(
     dropped = x
     low_rank = dyb @ lora_A
     if seed is not None:
-        keep, scale = keep_mask(seed, *x.shape, dropout_p), dropout_scale(dropout_p)
+        keep, scale = keep_mask(seed, x.shape[0], x.shape[1], dropout_p), dropout_scale(dropout_p)
         dyb, low_rank = dyb * scale, torch.where(keep, low_rank * scale, 0)
         dropped = torch.where(keep, x, 0)
     return LinearGradients(

@@ -36,7 +36,7 @@ def dropout_scale(p: float) -> float:
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Ten Philox rounds over broadcastable int64 tensors that hold uint32 values.
 
-    A product of two uint32 values wraps in int64, but its bits are right: the high word is read back by a shift and a mask.
+    A product of two uint32 values wraps in int64, but its bits are right: a shift and a mask read the high word back.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -53,9 +53,11 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int
 
     Args:
         seed: [1] int64; its 64 bits are the key.
-        rows, columns: size of the block.
+        rows: rows of the block.
+        columns: columns of the block.
         p: probability to drop, in [0, 1).
-        first_row, first_column: where the block lies in [M, K], for masks made block by block; first_column a multiple of 8.
+        first_row: the block's first row in [M, K], for masks made block by block.
+        first_column: its first column, a multiple of 8.
 
     Returns:
         [rows, columns] bool on seed's device; True keeps the element.

@@ -42,7 +42,9 @@ class BudgetRow(NamedTuple):
         return self.error <= self.limit
 
 
-def budget_rows(actual: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> list[BudgetRow]:
+def budget_rows(
+    actual: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> list[BudgetRow]:
     """A row for every tensor of `truth`.
 
     Args:

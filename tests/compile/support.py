@@ -44,9 +44,10 @@ class Figures:
 
     Attributes:
         registers: 32-bit registers of a thread (AMD: vector registers, accumulation registers included).
-        spill_bytes: local memory of a thread: NVIDIA's stack frame, AMD's scratch. Kernels without arrays have it
-            only where registers spill.
-        spilled_registers: AMD's own count, vector and scalar, which also sees spills that need no memory; 0 on NVIDIA.
+        spill_bytes: local memory of a thread: NVIDIA's stack frame, AMD's scratch. A kernel without arrays
+            has it only where registers spill.
+        spilled_registers: AMD's own count, vector and scalar, which also sees spills that need no memory; 0
+            on NVIDIA.
         shared_bytes: shared memory that the launch asks for.
         tensor_memory_columns: of sm_100; 0 elsewhere.
     """
@@ -68,7 +69,7 @@ class Figures:
         return Counter(opcode.partition(".")[0] for opcode in _SASS_OPCODE.findall(sass))
 
     def faults(self) -> list[str]:
-        """Why this kernel should not be shipped: spills, or more memory than the target has. Empty if it may."""
+        """Why this kernel should not be shipped: spills, or more memory than the target has."""
         limit, faults = SHARED_LIMIT[self.target], []
         if self.spill_bytes or self.spilled_registers:
             faults.append(f"spills: {self.spill_bytes} B a thread, {self.spilled_registers} registers")
@@ -94,8 +95,8 @@ def compile_only(
     Args:
         fn: a @triton.jit function.
         signature: type of each runtime argument: "*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>".
-        constexprs: the constexpr arguments; also pointers that are None, and integers that are 1, because a launch
-            makes constants of them too (unless the kernel is told not to specialise on them).
+        constexprs: the constexpr arguments; also pointers that are None, and integers that are 1, because a
+            launch makes constants of them too (unless the kernel is told not to specialise on them).
         target: one of TARGETS.
         num_warps: warps in a block (of 64 threads on AMD).
         num_stages: depth of the software pipeline.

@@ -5,14 +5,12 @@ import triton.language as tl
 from tests.compile.support import SHARED_LIMIT, TARGETS, Figures, compile_only
 
 POINTERS = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*bf16"}
-SIZES = {name: "i32" for name in ("M", "N", "K")}
+SIZES = dict.fromkeys(("M", "N", "K"), "i32")
 MMA = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 @triton.jit
-def matmul_kernel(
-    x_ptr, w_ptr, y_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def matmul_kernel(x_ptr, w_ptr, y_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -37,7 +35,7 @@ def descriptor_matmul_kernel(
     y_desc.store([row, column], acc.to(tl.bfloat16))
 
 
-def matmul(target: str, block: int, num_warps: int, num_stages: int = 3) -> Figures:
+def matmul(target: str, block: int, num_warps: int, num_stages: int, **options: int) -> Figures:
     return compile_only(
         matmul_kernel,
         {**POINTERS, **SIZES},
@@ -46,6 +44,7 @@ def matmul(target: str, block: int, num_warps: int, num_stages: int = 3) -> Figu
         num_warps,
         num_stages,
         {*POINTERS, *SIZES},
+        **options,
     )
 
 
@@ -57,12 +56,14 @@ def test_a_plain_matmul_uses_the_matrix_unit_and_has_no_faults(target: str) -> N
     assert any(opcode.startswith(MMA[target]) for opcode in figures.opcodes), figures.opcodes
 
 
-# 256 x 256 fp32 accumulators over 128 threads are 512 registers each, over 64 threads (one AMD wave) 1,024: twice
-# what there is. (Not sm_100: its accumulators live in tensor memory.)
-@pytest.mark.parametrize(("target", "num_warps"), [("sm_80", 4), ("sm_90", 4), ("gfx942", 1)])
-def test_spills_are_seen(target: str, num_warps: int) -> None:
-    figures = matmul(target, block=256, num_warps=num_warps, num_stages=2)
-    assert figures.spill_bytes >= 1024
+# 128 x 128 fp32 accumulators over 128 threads are 128 registers each: more than these limits leave for them.
+@pytest.mark.parametrize(
+    ("target", "num_warps", "limit"),
+    [("sm_80", 4, {"maxnreg": 64}), ("sm_90", 4, {"maxnreg": 128}), ("gfx942", 2, {"waves_per_eu": 8})],
+)
+def test_spills_are_seen(target: str, num_warps: int, limit: dict[str, int]) -> None:
+    figures = matmul(target, block=128, num_warps=num_warps, num_stages=2, **limit)
+    assert figures.spill_bytes >= 128
     assert "spills" in figures.faults()[0]
     if target.startswith("sm_"):
         assert figures.opcodes["STL"] > 0

@@ -1,0 +1,96 @@
+"""One linear at a time: frozen, unfused and fused side by side, interleaved in one run.
+
+    python -m bench.linear [--only WORDS] [--budget SECONDS] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import plots
+from bench.providers import FROZEN, PROVIDERS, UNFUSED
+from lora_kernels.benchmarking import cases as suites
+from lora_kernels.benchmarking.cases import LinearCase
+from lora_kernels.benchmarking.records import Environment, Record, device_slug, write_csv, write_json
+from lora_kernels.benchmarking.report import Table, by_case, summarise
+from lora_kernels.benchmarking.runner import run_suite
+
+RESULTS = Path(__file__).parent / "results" / "local"
+# Speed-up over the unfused chain that the torch backend is held to on a CPU, forward + backward.
+CPU_TARGETS = {"float32": 1.06, "bfloat16": 1.12}
+
+
+def run(cases: Sequence[LinearCase], device: torch.device, out: Path, *, budget_s: float) -> list[Record]:
+    """Measure, print the tables while they grow, write CSV, JSON and plots to `out`.
+
+    Returns:
+        All records; the caller decides what a refused one means.
+    """
+    print(Environment.current(device).line)
+    print("Medians of interleaved rounds; ratios are paired within a round, with their 10th-90th percentile.")
+    table = Table([provider.name for provider in PROVIDERS if not _idle(provider.name, device)])
+    records: list[Record] = []
+    with tqdm(total=len(cases), desc="linear", unit="case", leave=False, disable=None) as bar:
+        for mode in suites.MODES:
+            section = [case for case in cases if case.mode == mode]
+            if section:
+                bar.write(f"\n{mode}\n{table.header}")
+            for found in run_suite(section, PROVIDERS, device=device, budget_s=budget_s):
+                records += found
+                for case, by_provider in by_case(found).items():
+                    bar.write(table.row(case, by_provider))
+                bar.update()
+    write_csv(records, out / "linear.csv")
+    write_json(records, out / "linear.json")
+    plots.speedups(records, out / "linear_speedup.png")
+    plots.saved_bytes(records, out / "linear_saved_bytes.png")
+    return records
+
+
+def summary(records: Sequence[Record], device: torch.device) -> list[str]:
+    """The lines under the table: median speed-up per dtype against its target, gate outcome."""
+    lines = []
+    fused = dict.fromkeys(r.provider for r in records if r.provider not in (FROZEN, UNFUSED))
+    for provider in fused:
+        for dtype in CPU_TARGETS:
+            found = summarise(records, provider, dtype)
+            if found:
+                target = CPU_TARGETS[dtype] if device.type == "cpu" and provider == "torch" else None
+                lines.append(found.line(target))
+    refused = [r for r in records if r.refused]
+    lines += [f"REFUSED {r.provider} on {r.name} ({r.dtype}, {r.mode}): {r.status}" for r in refused]
+    checked = sum(r.error is not None for r in records)
+    lines.append(f"correctness gate: {checked - len(refused)} of {checked} within twice eager's error against fp64")
+    return lines
+
+
+def _idle(provider: str, device: torch.device) -> bool:
+    return provider == "triton" and device.type != "cuda"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; exit status 1 if the gate refused a contender, whatever the speeds are."""
+    parser = argparse.ArgumentParser(prog="python -m bench.linear", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="words a case must contain, such as 'bert-base bf16 p=0'")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing per case (at least 6 rounds)")
+    parser.add_argument("--out", type=Path, help="folder for CSV, JSON and plots (default: bench/results/local/<device>)")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    cases = suites.select(suites.suite_for(device), arguments.only)
+    if not cases:
+        parser.error(f"--only {arguments.only!r} matches no case")
+    out = arguments.out or RESULTS / device_slug(device)
+    records = run(cases, device, out, budget_s=arguments.budget)
+    print("\n" + "\n".join(summary(records, device)))
+    print(f"written: {out}")
+    return int(any(record.refused for record in records))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

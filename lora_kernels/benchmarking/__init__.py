@@ -1,0 +1,1 @@
+"""Honest measurements: interleaved timing, cases from real models, a correctness gate, records on disk."""

@@ -1,0 +1,194 @@
+"""Measurements as rows: one per case and contender, with everything needed to read them in a year."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a measurement was made."""
+
+    device: str
+    driver: str
+    threads: int
+    torch: str
+    triton: str
+    python: str
+    commit: str
+    date: str
+
+    @staticmethod
+    def current(device: torch.device) -> Environment:
+        """Describe this machine, this installation and this moment."""
+        cuda = device.type == "cuda"
+        return Environment(
+            device=torch.cuda.get_device_name(device) if cuda else cpu_name(),
+            driver=_driver() if cuda else "",
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            triton=_version("triton"),
+            python=platform.python_version(),
+            commit=_commit(),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    @property
+    def line(self) -> str:
+        """One line for the head of a table."""
+        driver = f", driver {self.driver}" if self.driver else f", {self.threads} threads"
+        triton = f", triton {self.triton}" if self.triton else ""
+        return f"{self.device}{driver} · torch {self.torch}{triton} · Python {self.python} · commit {self.commit}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One contender on one case.
+
+    `speedup` is time(unfused chain) / time(this), `cost` is time(this) / time(frozen linear); both are medians of
+    ratios paired inside a round, with their 10th and 90th percentile. Times are None where the gate refused the
+    contender (`status` says why) or where it cannot run.
+    """
+
+    name: str
+    model: str
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: str
+    adapter_dtype: str
+    dropout_p: float
+    bias: bool
+    mode: str
+    provider: str
+    status: str
+    rounds: int
+    median_ms: float | None
+    p10_ms: float | None
+    p90_ms: float | None
+    speedup: float | None
+    speedup_p10: float | None
+    speedup_p90: float | None
+    cost: float | None
+    cost_p10: float | None
+    cost_p90: float | None
+    worst_tensor: str
+    error: float | None
+    error_budget: float | None
+    saved_bytes: int | None
+    device: str
+    driver: str
+    threads: int
+    torch: str
+    triton: str
+    python: str
+    commit: str
+    date: str
+
+    @property
+    def timed(self) -> bool:
+        """Whether the contender passed the gate and was timed."""
+        return self.median_ms is not None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the gate turned it away."""
+        return self.status.startswith("refused")
+
+
+def write_csv(records: Sequence[Record], path: Path) -> None:
+    """Write the rows with a header; missing values are empty cells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Record)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(record) for record in records)
+
+
+def read_csv(path: Path) -> list[Record]:
+    """The inverse of `write_csv`."""
+    readers = {field.name: _READERS[str(field.type)] for field in dataclasses.fields(Record)}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{name: readers[name](cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    return [Record(**row) for row in rows]
+
+
+def write_json(records: Sequence[Record], path: Path) -> None:
+    """Write the rows as a list of objects."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [dataclasses.asdict(record) for record in records]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+# Keyed by the annotations of Record, which are strings here (postponed evaluation).
+_READERS: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda cell: cell == "True",
+    "int | None": lambda cell: int(cell) if cell else None,
+    "float | None": lambda cell: float(cell) if cell else None,
+}
+
+
+def device_slug(device: torch.device) -> str:
+    """The device's name as a folder: `nvidia-h200`, `intel-xeon-processor-2-threads`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    suffix = "" if device.type == "cuda" else f" {torch.get_num_threads()} threads"
+    plain = re.sub(r"\((r|tm)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain + suffix).strip("-")
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the operating system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _driver() -> str:
+    lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).splitlines()
+    return lines[0] if lines else ""
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where tracked files differ from it; empty outside a checkout."""
+    here = str(Path(__file__).parent)
+    commit = _output(["git", "-C", here, "rev-parse", "--short=12", "HEAD"])
+    dirty = _output(["git", "-C", here, "status", "--porcelain", "--untracked-files=no"]) if commit else ""
+    return f"{commit}+changes" if dirty else commit
+
+
+def _output(command: list[str]) -> str:
+    """Standard output of a command, or nothing where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=20)
+    return done.stdout.strip() if done.returncode == 0 else ""

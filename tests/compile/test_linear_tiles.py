@@ -1,0 +1,133 @@
+"""Every shipped tile of every kernel, compiled for every GPU it can be chosen for: no spills, shared memory within limits."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from lora_kernels.kernels.bwd_lora_a import bwd_lora_a_kernel
+from lora_kernels.kernels.bwd_lora_b import bwd_lora_b_kernel
+from lora_kernels.kernels.gemm_expand import gemm_expand_kernel
+from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
+from lora_kernels.kernels.one_pass import one_pass_kernel
+from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials_kernel
+from lora_kernels.kernels.shrink import shrink_kernel
+from lora_kernels.planning.tiles import FAMILY_OF_ARCH, ShippedTile, shipped_tiles
+from tests.compile.support import TARGETS, Figures, compile_only
+
+KERNELS = {
+    "shrink": shrink_kernel,
+    "one_pass": one_pass_kernel,
+    "gemm_expand": gemm_expand_kernel,
+    "gemm_expand_tma": gemm_expand_tma_kernel,
+    "bwd_lora_a": bwd_lora_a_kernel,
+    "bwd_lora_b": bwd_lora_b_kernel,
+}
+# A partial sum is fp32 whatever the inputs; the rest is the problem's dtype or its adapters'.
+PARTIALS = {"bwd_lora_a": ("d_a_ptr",), "bwd_lora_b": ("dyb_ptr", "d_b_ptr", "d_bias_ptr")}
+OF_ADAPTERS = {"a_ptr", "b_ptr", "s_ptr", "e_ptr", "xa_ptr", "dyb_ptr"}
+
+
+class Variant(NamedTuple):
+    """How a launch specialises the kernel besides its tile: which strides are 1, which flags are set."""
+
+    unit_strides: tuple[str, ...]
+    flags: dict[str, bool]
+
+
+def variants(shipped: ShippedTile) -> list[Variant]:
+    """The launches that contiguous tensors give: forward and backward read the weight along different axes."""
+    dropout = {"HAS_DROPOUT": shipped.dropout}
+    forward, backward = ("stride_lhs_k", "stride_rhs_k", "stride_e_r"), ("stride_lhs_k", "stride_rhs_n", "stride_e_n")
+    match shipped.kernel:
+        case "shrink":
+            return [Variant(("stride_x_k", "stride_a_k"), dropout | {"IS_PARTIAL": False})]
+        case "one_pass":
+            unit = ("stride_x_k", "stride_w_k", "stride_a_k", "stride_b_r")
+            return [Variant(unit, dropout | {"HAS_BIAS": True})]
+        case "gemm_expand":
+            dx = Variant(backward, dropout | {"HAS_BIAS": False})
+            return [dx] if shipped.dropout else [dx, Variant(forward, dropout | {"HAS_BIAS": True})]
+        case "gemm_expand_tma":
+            dx = Variant(("stride_e_n",), dropout | {"HAS_BIAS": False, "RHS_IS_NK": False})
+            forward_flags = dropout | {"HAS_BIAS": True, "RHS_IS_NK": True}
+            return [dx] if shipped.dropout else [dx, Variant(("stride_e_r",), forward_flags)]
+        case "bwd_lora_a":
+            return [Variant(("stride_x_k",), dropout)]
+        case "bwd_lora_b":
+            flags = {"NEEDS_DYB": True, "NEEDS_D_B": True, "NEEDS_D_BIAS": True}
+            return [Variant(("stride_dy_n", "stride_b_r"), flags)]
+    raise AssertionError(shipped.kernel)
+
+
+def figures_of(shipped: ShippedTile, variant: Variant, target: str) -> Figures:
+    kernel, tile = KERNELS[shipped.kernel], shipped.tile
+    dtype = "fp32" if shipped.width == "32" else "bf16"
+    adapter = dtype if shipped.width == "16" else "fp32"
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": tile.block_r}
+    known: dict[str, Any] = blocks | variant.flags | dict.fromkeys(variant.unit_strides, 1) | {"GROUP_M": tile.group_m}
+    mixed = "ieee" if target.startswith("gfx") else "tf32x3"
+    known["PRECISION"] = mixed if shipped.width == "mixed" else "ieee"
+    if not variant.flags.get("HAS_DROPOUT", True):
+        known["seed_ptr"] = None
+    if not variant.flags.get("HAS_BIAS", True):
+        known["bias_ptr"] = None
+    rhs_block = [tile.block_n, tile.block_k] if variant.flags.get("RHS_IS_NK") else [tile.block_k, tile.block_n]
+    types = {
+        "lhs_desc": f"tensordesc<{dtype}{[tile.block_m, tile.block_k]}>",
+        "rhs_desc": f"tensordesc<{dtype}{rhs_block}>",
+        "out_desc": f"tensordesc<{dtype}{[tile.block_m, tile.block_n]}>",
+        "seed_ptr": "*i64",
+        "scale": "fp32",
+    }
+    signature, constexprs, aligned = {}, {}, set()
+    for name in kernel.arg_names:
+        if name in known:
+            constexprs[name] = known[name]
+            continue
+        if name in types:
+            signature[name] = types[name]
+        elif name.endswith("_ptr"):
+            partial = name in PARTIALS.get(shipped.kernel, ())
+            signature[name] = "*fp32" if partial else "*" + (adapter if name in OF_ADAPTERS else dtype)
+        else:
+            signature[name] = "i32"
+        if name.endswith("_ptr") or (signature[name] == "i32" and name not in ("threshold", "R")):
+            aligned.add(name)
+    return compile_only(kernel, signature, constexprs, target, tile.num_warps, tile.num_stages, aligned)
+
+
+def cases() -> Iterator[Any]:
+    for target in TARGETS:
+        for shipped in shipped_tiles(FAMILY_OF_ARCH[target]):
+            tile = shipped.tile
+            sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}r{tile.block_r}w{tile.num_warps}s{tile.num_stages}"
+            mask = "-dropout" if shipped.dropout else ""
+            yield pytest.param(shipped, target, id=f"{target}-{shipped.kernel}-{shipped.width}{mask}-{sizes}")
+
+
+@pytest.mark.parametrize(("shipped", "target"), cases())
+def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None:
+    for variant in variants(shipped):
+        figures = figures_of(shipped, variant, target)
+        assert figures.faults() == [], f"{variant}: {figures}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_reduction_has_no_faults(target: str, dtype: str) -> None:
+    signature = {"partials_ptr": "*fp32", "out_ptr": f"*{dtype}", "splits": "i32", "elements": "i32", "scale": "fp32"}
+    assert compile_only(reduce_partials_kernel, signature, {"BLOCK": BLOCK}, target, 4, 1).faults() == []
+
+
+HOPPER_GEMM = next(
+    s for s in shipped_tiles("hopper") if s.kernel == "gemm_expand_tma" and s.width == "16" and s.tile.block_n == 256
+)
+
+
+def test_the_hopper_gemm_runs_on_wgmma_and_tma() -> None:
+    for variant in variants(HOPPER_GEMM):
+        opcodes = figures_of(HOPPER_GEMM, variant, "sm_90").opcodes
+        assert opcodes["HGMMA"] > 0
+        assert opcodes["UTMALDG"] > 0
+        assert opcodes["UTMASTG"] > 0

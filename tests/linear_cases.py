@@ -1,0 +1,103 @@
+"""What the tests of the LoRA linear share: dtype combinations, awkward layouts, and the error budget as an assertion."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain, combinations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.testing import LinearInputs, budget_rows, run_linear
+
+PARAMETERS = ("x", "weight", "lora_A", "lora_B", "bias")
+SUBSETS = list(chain.from_iterable(combinations(PARAMETERS, size) for size in range(len(PARAMETERS) + 1)))
+
+# x's dtype and the adapters'.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16-mixed": (torch.float16, torch.float32),
+    "bf16-mixed": (torch.bfloat16, torch.float32),
+}
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """t's numbers (of its first row, where expanded) in another memory layout; 1-D tensors have fewer of them."""
+    if layout == "transposed" and t.dim() > 1:
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "strided":
+        return torch.stack([t, torch.full_like(t, math.nan)], dim=-1)[..., 0]
+    if layout == "offset":  # an odd first address and an odd row stride
+        padded = t.new_full((*t.shape[:-1], t.shape[-1] + 3), math.nan)
+        padded[..., 1:-2] = t
+        return padded[..., 1:-2]
+    if layout == "expanded":
+        return t[:1].expand_as(t)
+    return t.contiguous()
+
+
+def with_layouts(inputs: LinearInputs, **layouts: str) -> LinearInputs:
+    """inputs with some tensors laid out anew, by name."""
+    return replace(inputs, **{name: laid_out(getattr(inputs, name), layout) for name, layout in layouts.items()})
+
+
+def truth_of(inputs: LinearInputs) -> dict[str, Tensor]:
+    """y and every gradient in fp64, on the CPU."""
+    return run_linear(inputs.double(), "reference")
+
+
+def eager_of(inputs: LinearInputs) -> dict[str, Tensor]:
+    """The same by plain PyTorch in the inputs' own dtypes."""
+    return run_linear(inputs, "reference")
+
+
+def assert_within_budget(
+    problems: LinearInputs | Iterable[LinearInputs], run: Callable[[LinearInputs], dict[str, Tensor]]
+) -> None:
+    """Every tensor that `run` returns has at most twice eager's error against fp64.
+
+    The budget compares norms of errors. Over a handful of elements eager's norm is a matter of luck, so tiny problems come
+    as several, with different seeds, whose elements are pooled into one tensor for each name.
+    """
+    problems = [problems] if isinstance(problems, LinearInputs) else list(problems)
+    if problems[0].x.dtype == torch.float64:
+        for problem in problems:
+            _assert_fp64_rounding(run(problem), problem)
+        return
+    runs = [(run(p), eager_of(p), truth_of(p)) for p in problems]
+    actual, eager, truth = (
+        {name: torch.cat([results[name].detach().cpu().reshape(-1) for results in side]) for name in runs[0][0]}
+        for side in zip(*runs, strict=True)
+    )
+    failed = [row for row in budget_rows(actual, eager, truth) if not row.ok]
+    assert not failed, "\n".join(f"{r.name}: {r.error:.2e} > {r.limit:.2e} (eager {r.eager_error:.2e})" for r in failed)
+
+
+def _assert_fp64_rounding(actual: dict[str, Tensor], inputs: LinearInputs) -> None:
+    """fp64 has no better truth to be held against, so it is held to the textbook bound, element by element.
+
+    A chain of sums with n roundings errs by at most n u times the same chain over absolute values; two such chains differ
+    by at most twice that (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1).
+    """
+    (n, k), r = inputs.weight.shape, inputs.lora_A.shape[0]
+    roundings = inputs.x.numel() // k + n + k + r + 8
+    tensors = {name: t.abs() for name in (*PARAMETERS, "dy") if (t := getattr(inputs, name)) is not None}
+    majorant = eager_of(replace(inputs, **tensors, scaling=abs(inputs.scaling)))
+    expected = eager_of(inputs)
+    for name, value in actual.items():
+        assert value.dtype == torch.float64
+        assert ((value - expected[name]).abs() <= 2 * roundings * 2**-53 * majorant[name]).all(), name
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, dtypes and values, NaN equal to NaN."""
+    assert set(actual) == set(expected)
+    differing = {
+        name
+        for name, value in actual.items()
+        if value.dtype != expected[name].dtype or not torch.equal(value.nan_to_num(), expected[name].nan_to_num())
+    }
+    assert differing == set()

@@ -1,0 +1,320 @@
+"""The `torch` backend against the specification in fp64: every dtype, shape, layout and plan."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.nn import functional as F
+
+from lora_kernels import UnsupportedError, lora_linear
+from lora_kernels.ops import Needs, _linear_torch
+from lora_kernels.planning import Plan
+from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear
+from tests.linear_cases import (
+    DTYPES,
+    LAYOUTS,
+    PARAMETERS,
+    SUBSETS,
+    assert_same_bits,
+    assert_within_budget,
+    laid_out,
+    with_layouts,
+)
+
+ALL_DTYPES = {**DTYPES, "fp64": (torch.float64, torch.float64)}
+PLANS = {strategy: Plan("torch", strategy, "a test asks for it") for strategy in ("library", "upcast")}
+# Even, odd and prime, tall and wide, one, and a tail after each row block; M, N, K.
+SIZES = [(64, 48, 32), (37, 51, 45), (131, 7, 97), (3, 129, 1), (5, 1, 64), (1, 96, 80), (2, 3, 3)]
+POOL = 24
+RANKS = (1, 8, 16, 64, 256, 512)
+
+on_torch = partial(run_linear, backend="torch")
+
+
+def problems(size, dtype, *, r=8, **options) -> list[LinearInputs]:
+    """One problem of a size, or several where it is so small that the norm of its rounding errors is luck."""
+    m, n, k = size
+    x, adapters = ALL_DTYPES[dtype]
+    count = 1 if min(m * n, m * k, n, r * k) >= 1000 else POOL
+    return [make_linear_inputs(m, n, k, r, dtype=x, adapter_dtype=adapters, seed=s, **options) for s in range(count)]
+
+
+def run_under(plan: Plan, inputs: LinearInputs, needs=Needs(*[True] * 5)):  # noqa: B008 - a tuple
+    """What run_linear returns, from the backend's own forward and backward under a given plan."""
+    i, seed = inputs, torch.tensor([inputs.dropout_seed]) if inputs.dropout_p > 0 else None
+    rest = seed, i.scaling, i.dropout_p
+    y, xa = _linear_torch.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
+    needs = needs._replace(bias=needs.bias and i.bias is not None)
+    gradients = _linear_torch.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
+    named = {f"d_{name}": g for name, g in zip(PARAMETERS, gradients, strict=True) if g is not None}
+    return {"y": y, **named}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_budget_over_sizes(dtype, size, bias, p):
+    assert_within_budget(problems(size, dtype, bias=bias, dropout_p=p), on_torch)
+
+
+@pytest.mark.parametrize("strategy", PLANS)
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize("size", SIZES[:4], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_budget_under_both_plans(dtype, size, p, strategy):
+    # This machine's CPU gets one of the two for each dtype; other CPUs get the other.
+    assert_within_budget(problems(size, dtype, dropout_p=p), partial(run_under, PLANS[strategy]))
+
+
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_budget_over_ranks(dtype, p, r):
+    assert_within_budget(problems((50, 40, 72), dtype, r=r, dropout_p=p), on_torch)
+
+
+# More than one block of rows and a tail: 2^17 elements, or 512 rows. More than one of columns and a tail: 2^23 / K, or 256.
+@pytest.mark.parametrize("size", [(1037, 24, 515), (18, 300, 32775), (18, 32775, 300)], ids=["rows", "N", "K"])
+@pytest.mark.parametrize("strategy", PLANS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
+def test_budget_across_blocks(dtype, strategy, size):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(*size, 4, dtype=x, adapter_dtype=adapters, dropout_p=0.5)
+    assert_within_budget(inputs, partial(run_under, PLANS[strategy]))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3), (2, 1, 3), (1, 2, 3, 1)], ids=str)
+def test_leading_dimensions(leading, dtype):
+    x, adapters = ALL_DTYPES[dtype]
+    m = int(torch.tensor(leading).prod()) if leading else 1
+    flat = make_linear_inputs(m, 40, 24, 4, dtype=x, adapter_dtype=adapters, dropout_p=0.5)
+    shaped = replace(flat, x=flat.x.view(*leading, 24), dy=flat.dy.view(*leading, 40))
+    actual, expected = on_torch(shaped), on_torch(flat)
+    assert actual["y"].shape == (*leading, 40)
+    assert actual["d_x"].shape == (*leading, 24)
+    assert_same_bits({k: v.reshape(expected[k].shape) for k, v in actual.items()}, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
+@pytest.mark.parametrize("leading", [(0,), (0, 5), (5, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_no_tokens(dtype, leading, backend):
+    x, adapters = ALL_DTYPES[dtype]
+    inputs = make_linear_inputs(0, 6, 4, 2, dtype=x, adapter_dtype=adapters, dropout_p=0.5)
+    inputs = replace(inputs, x=inputs.x.view(*leading, 4), dy=inputs.dy.view(*leading, 6))
+    results = run_linear(inputs, backend)
+    assert results["y"].shape == (*leading, 6)
+    for name in PARAMETERS:
+        gradient, parameter = results[f"d_{name}"], getattr(inputs, name)
+        assert gradient.shape == parameter.shape
+        assert gradient.dtype == parameter.dtype
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("tensor", [*PARAMETERS, "dy"])
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
+def test_layouts_do_not_change_results(dtype, layout, tensor):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(40, 56, 48, 8, dtype=x, adapter_dtype=adapters, dropout_p=0.25)
+    awkward = with_layouts(inputs, **{tensor: layout})
+    assert_within_budget(awkward, on_torch)
+    for name, gradient in on_torch(awkward).items():
+        if name != "y":
+            assert gradient.shape == getattr(inputs, name.removeprefix("d_")).shape
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 24), (2, 3, 4, 24)], ids=str)
+def test_x_that_no_view_flattens(shape):
+    inputs = make_linear_inputs(20, 40, 24, 4, dtype=torch.float32)
+    x = torch.randn(shape).transpose(0, 1)
+    inputs = replace(inputs, x=x, dy=torch.randn(*x.shape[:-1], 40).transpose(0, 1).contiguous().transpose(0, 1))
+    truth = run_linear(inputs.double(), "reference")
+    flat = replace(inputs, x=x.reshape(-1, 24), dy=inputs.dy.reshape(-1, 40))
+    results = on_torch(inputs)
+    assert results["d_x"].shape == truth["d_x"].shape == x.shape
+    assert_same_bits({k: v.reshape(-1) for k, v in results.items()}, {k: v.reshape(-1) for k, v in on_torch(flat).items()})
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expanded_dy_of_a_sum(dtype, reduce):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(32, 64, 48, 8, dtype=x, adapter_dtype=adapters)
+    leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in PARAMETERS}
+    y = lora_linear(*leaves.values(), scaling=2.0, backend="torch")
+    getattr(y, reduce)().backward()
+    one = torch.ones((), dtype=x) / (y.numel() if reduce == "mean" else 1)
+    expected = on_torch(replace(inputs, dy=one.to(x).expand(32, 64)))
+    assert_same_bits({f"d_{n}": leaf.grad for n, leaf in leaves.items()}, {n: expected[n] for n in expected if n != "y"})
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16-mixed"])
+@pytest.mark.parametrize("strategy", PLANS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_every_subset_of_gradients(dtype, strategy, p):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(20, 24, 32, 4, dtype=x, adapter_dtype=adapters, dropout_p=p)
+    full = run_under(PLANS[strategy], inputs)
+    for subset in SUBSETS:
+        part = run_under(PLANS[strategy], inputs, Needs(*(name in subset for name in PARAMETERS)))
+        assert_same_bits(part, {name: full[name] for name in ("y", *(f"d_{s}" for s in subset))})
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("strategy", PLANS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unwritten_memory_does_not_show(dtype, strategy, p):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(37, 51, 45, 5, dtype=x, adapter_dtype=adapters, dropout_p=p)
+    expected, public = run_under(PLANS[strategy], inputs), on_torch(inputs)
+    with poisoned_allocation():
+        assert_same_bits(run_under(PLANS[strategy], inputs), expected)
+        assert_same_bits(on_torch(inputs), public)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_same_call_same_bits(dtype, p):
+    x, adapters = ALL_DTYPES[dtype]
+    inputs = make_linear_inputs(300, 130, 515, 8, dtype=x, adapter_dtype=adapters, dropout_p=p)
+    first = on_torch(inputs)
+    for _ in range(3):
+        assert_same_bits(on_torch(inputs), first)
+
+
+@pytest.mark.parametrize("dtype", ["fp16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("strategy", PLANS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_fp32_adapter_gradients_never_pass_through_16_bits(dtype, strategy, p):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(64, 48, 40, 8, dtype=x, adapter_dtype=adapters, dropout_p=p)
+    results = run_under(PLANS[strategy], inputs)
+    for name in ("d_lora_A", "d_lora_B"):
+        gradient = results[name]
+        assert gradient.dtype == torch.float32
+        # Of 2^13 fp32 numbers, one is representable in fp16 (11 bits of significand), fewer in bf16.
+        assert (gradient.to(x).float() == gradient).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["x", "weight", "bias", "lora_A", "lora_B", "dy"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
+def test_nan_and_inf_propagate(dtype, where, value):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(20, 24, 32, 4, dtype=x, adapter_dtype=adapters, dropout_p=0.5, seed=3)
+    getattr(inputs, where).view(-1)[37 % getattr(inputs, where).numel()] = value
+    actual, expected = on_torch(inputs), run_linear(inputs, "reference")
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name].isfinite(), gradient.isfinite()), name
+    # The row of y that F.linear would spoil is spoilt.
+    base = F.linear(inputs.x, inputs.weight, inputs.bias)
+    assert not actual["y"][~base.isfinite()].isfinite().any()
+
+
+def test_inputs_are_left_alone():
+    inputs = make_linear_inputs(20, 24, 32, 4, dtype=torch.float32, dropout_p=0.5)
+    names = (*PARAMETERS, "dy")
+    before = {name: getattr(inputs, name).clone() for name in names}
+    on_torch(inputs)
+    assert_same_bits({name: getattr(inputs, name) for name in names}, before)
+
+
+def test_without_grad_nothing_is_recorded():
+    inputs = make_linear_inputs(2, 3, 4, 1, dtype=torch.float32)
+    with torch.no_grad():
+        leaves = [getattr(inputs, name).requires_grad_() for name in PARAMETERS]
+        assert lora_linear(*leaves).grad_fn is None
+    with torch.inference_mode():
+        assert lora_linear(*leaves).is_inference()
+
+
+def test_scaling_may_be_any_real():
+    i = make_linear_inputs(3, 5, 4, 2, dtype=torch.float64)
+    arguments = (i.x, i.weight, i.lora_A, i.lora_B, i.bias)
+    for scaling in (0, -1, 3, 0.125, 1e-8, 1e6):
+        y = lora_linear(*arguments, scaling=scaling)
+        expected = F.linear(i.x, i.weight, i.bias) + scaling * (i.x @ i.lora_A.T @ i.lora_B.T)
+        assert (y - expected).norm() <= 64 * 2**-53 * (expected.norm() + abs(scaling) * i.x.norm())
+
+
+def test_a_zero_adapter_is_f_linear():
+    # Exactly: the zeros that the base accumulates on change nothing.
+    i = make_linear_inputs(33, 65, 129, 8, dtype=torch.float64)
+    y = lora_linear(i.x, i.weight, i.lora_A, torch.zeros_like(i.lora_B), scaling=3.0, dropout_p=0.5)
+    assert torch.equal(y, i.x @ i.weight.T)
+
+
+def test_explicit_triton_on_the_cpu_is_refused_with_the_reason():
+    i = make_linear_inputs(2, 3, 4, 1, dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match=r"backend='triton'.*(CPU.*TRITON_INTERPRET|not installed).*backend='auto'"):
+        lora_linear(i.x, i.weight, i.lora_A, i.lora_B, backend="triton")
+
+
+PROGRAM = """
+import torch, lora_kernels
+i = torch.ones
+try:
+    y = lora_kernels.lora_linear(i(2, 4, requires_grad=True), i(3, 4), i(1, 4), i(3, 1))
+except lora_kernels.LoRAKernelsError as error:
+    print(type(error).__name__, error)
+else:
+    names, queue = set(), [y.grad_fn]
+    while queue:
+        node = queue.pop()
+        names.add(type(node).__name__)
+        queue += [parent for parent, _ in node.next_functions if parent is not None]
+    print('fused' if any('LoRALinearFunction' in name for name in names) else 'plain')
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("auto", "fused"), ("torch", "fused"), ("reference", "plain"), ("triton", "UnsupportedError"), ("x", "LORA_KERNELS")],
+)
+def test_environment_decides_what_auto_means(backend, expected):
+    environment = {**os.environ, "LORA_KERNELS_BACKEND": backend, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert expected in done.stdout + done.stderr
+    assert (done.returncode == 0) == (backend != "x")
+
+
+dimension = st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 64, 65]))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    size=st.tuples(dimension, dimension, dimension),
+    r=st.integers(1, 40),
+    dtype=st.sampled_from(sorted(ALL_DTYPES)),
+    p=st.sampled_from([0.0, 0.1, 0.5, 0.99]),
+    bias=st.booleans(),
+    scaling=st.sampled_from([-2.0, 0.125, 1.0, 16.0]),
+    layouts=st.fixed_dictionaries({name: st.sampled_from(LAYOUTS) for name in ("x", "weight", "lora_A", "lora_B", "dy")}),
+    strategy=st.sampled_from(["public", *PLANS]),
+)
+def test_budget_everywhere(size, r, dtype, p, bias, scaling, layouts, strategy):
+    if dtype == "fp64" and strategy == "upcast":
+        strategy = "library"  # fp64 has nothing to be cast up to; no plan asks for it
+    run = on_torch if strategy == "public" else partial(run_under, PLANS[strategy])
+    several = [
+        with_layouts(i, **layouts) for i in problems(size, dtype, r=r, bias=bias, scaling=scaling, dropout_p=p)
+    ]
+    assert_within_budget(several, run)
+
+
+def test_layouts_are_what_they_say():
+    t = torch.arange(12.0).view(3, 4)
+    assert not laid_out(t, "transposed").is_contiguous()
+    assert laid_out(t, "strided").stride() == (8, 2)
+    assert laid_out(t, "offset").storage_offset() == 1
+    assert laid_out(t, "expanded").stride(0) == 0
+    for layout in LAYOUTS[:4]:
+        assert torch.equal(laid_out(t, layout), t)
