@@ -58,8 +58,8 @@ def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
     computed = (*COMPUTED, torch.float64) if device_type == "cpu" else COMPUTED
     if x not in computed:
         raise DtypeError(
-            f"x must be {_names(computed)} on {device_type}; got {_name(x)}. "
-            f"{'fp64 runs on the CPU only. ' if x == torch.float64 else ''}Convert x, or run the layer under torch.autocast."
+            f"x must be {_names(computed)} on {device_type}; got {_name(x)}. Convert x, or run the layer under "
+            "torch.autocast."
         )
     for argument in ("weight", "bias"):
         dtype = dtypes.get(argument)
@@ -70,11 +70,13 @@ def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
             )
     if dtypes["lora_A"] != dtypes["lora_B"]:
         raise DtypeError(
-            f"lora_A and lora_B must share a dtype; got {_name(dtypes['lora_A'])} and {_name(dtypes['lora_B'])}. Convert one."
+            f"lora_A and lora_B must share a dtype; got {_name(dtypes['lora_A'])} and {_name(dtypes['lora_B'])}. "
+            "Convert one of them."
         )
     if dtypes["lora_A"] not in (x, torch.float32):
         raise DtypeError(
-            f"lora_A and lora_B must have x's dtype, {_name(x)}, or be float32; got {_name(dtypes['lora_A'])}. Convert them."
+            f"lora_A and lora_B must have x's dtype, {_name(x)}, or be float32; got {_name(dtypes['lora_A'])}. "
+            "Convert them."
         )
 
 
@@ -90,7 +92,8 @@ def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
             )
         if not tensor.is_floating_point():
             raise DtypeError(
-                f"{name} must be a floating-point tensor; got {_name(tensor.dtype)}. Complex and integer LoRA is not defined here."
+                f"{name} must be a floating-point tensor; got {_name(tensor.dtype)}. Complex and integer LoRA is not "
+                "defined here; convert it."
             )
         if tensor.is_meta:
             raise DeviceError(
@@ -99,7 +102,8 @@ def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
             )
         if tensor.device != x.device:
             raise DeviceError(
-                f"{name} must be on x's device, {x.device}; got {tensor.device}. Move it with {name}.to({str(x.device)!r})."
+                f"{name} must be on x's device, {x.device}; got {tensor.device}. "
+                f"Move it with {name}.to({str(x.device)!r})."
             )
     if x.dim() >= 1 and weight.dim() == lora_A.dim() == lora_B.dim() == 2:
         k, (n, weight_k), (r, a_k) = x.shape[-1], weight.shape, lora_A.shape
@@ -125,10 +129,8 @@ def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
             f"weight must be [N, K] with N >= 1 and K >= 1; got {_shape(weight)}. There is nothing to compute."
         )
     if x.shape[-1] != k:
-        hint = " Did you pass weight.T?" if x.shape[-1] == n else ""
-        raise ShapeError(
-            f"x must be [*, K] = [*, {k}] to match weight {_shape(weight)}; got {_shape(x)}.{hint or ' Check in_features.'}"
-        )
+        hint = "Did you pass weight.T?" if x.shape[-1] == n else "Check in_features."
+        raise ShapeError(f"x must be [*, K] = [*, {k}] to match weight {_shape(weight)}; got {_shape(x)}. {hint}")
     r = lora_A.shape[0]
     if lora_A.shape[1] != k:
         hint = " Did you pass lora_A.T?" if r == k else " Check the layer that the adapter was made for."
@@ -168,7 +170,7 @@ def check_servable(backend: str, x: Tensor) -> None:
 
 
 def seed_tensor(dropout_seed: Any, device: torch.device) -> Tensor:
-    """[1] int64 on `device`: what was passed, or a draw from torch's generator, which manual_seed and checkpointing govern."""
+    """[1] int64 on `device`: what was passed, or a draw from torch's generator, which manual_seed governs."""
     if dropout_seed is None:
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
     if isinstance(dropout_seed, Tensor):
@@ -182,7 +184,8 @@ def seed_tensor(dropout_seed: Any, device: torch.device) -> Tensor:
             )
         if dropout_seed.device != device:
             raise DeviceError(
-                f"dropout_seed must be on x's device, {device}; got {dropout_seed.device}. Draw it with device={str(device)!r}."
+                f"dropout_seed must be on x's device, {device}; got {dropout_seed.device}. "
+                f"Draw it with device={str(device)!r}."
             )
         return dropout_seed.reshape(1)
     if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,11 +36,13 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout_p: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        """y and xa, through the registered op."""
         y, xa = ops.linear_forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
         return y, xa
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Saves what the needed gradients read, and nothing else."""
         x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
         xa = output[1]
         ctx.mark_non_differentiable(xa)
@@ -56,12 +59,15 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _d_xa: None) -> tuple[Tensor | None, ...]:
+        """One entry for each input of forward; None where no gradient is needed."""
         if dy is None:
             return (None,) * 9
         x, weight, lora_A, lora_B, xa, seed = ctx.saved_tensors
-        # With create_graph the gradients are handed out through a node of their own, which refuses to be differentiated:
-        # calling the op directly would return gradients that are silently constant.
-        run = _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.linear_backward
+        # With create_graph the gradients are handed out through a node of their own, which refuses to be
+        # differentiated: calling the op directly would return gradients that are silently constant.
+        run: Callable[..., tuple[Tensor, ...]] = (
+            _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.linear_backward
+        )
         gradients = run(
             dy, x, weight, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, list(ctx.needs), ctx.backend
         )
@@ -85,8 +91,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         raise UnsupportedError(
-            "lora_linear is differentiable once; a second derivative (create_graph=True and another backward) was asked of it. "
-            "Use backend='reference', which is plain differentiable PyTorch."
+            "lora_linear is differentiable once; a second derivative (create_graph=True and another backward) was "
+            "asked of it. Use backend='reference', which is plain differentiable PyTorch."
         )
 
 
@@ -114,14 +120,15 @@ def lora_linear(
         bias: [N] in x's dtype, or None.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
         dropout_p: probability to drop an element of the LoRA path's input, in [0, 1); applied to the nearest 1/65536.
-        dropout_seed: an int or a one-element int64 tensor on x's device: the same seed gives the same mask on every backend
-            and device. None draws one from torch's generator for x's device. Under torch.compile pass a tensor, since an
-            int is compiled in.
-        backend: "triton" (fused kernels), "torch" (library GEMMs), "reference" (plain differentiable PyTorch), or "auto".
-            A named backend is honoured or raises.
+        dropout_seed: an int or a one-element int64 tensor on x's device: the same seed gives the same mask on every
+            backend and device. None draws one from torch's generator for x's device. Under torch.compile pass a tensor,
+            since an int is compiled in.
+        backend: "triton" (fused kernels), "torch" (library GEMMs), "reference" (plain differentiable PyTorch), or
+            "auto". A named backend is honoured or raises.
 
     Returns:
-        [*, N] in x's dtype. Under torch.autocast, x, weight and bias are cast as for F.linear; float32 adapters stay so.
+        [*, N] in x's dtype. Under torch.autocast, x, weight and bias are cast as for F.linear; float32 adapters stay
+        so.
 
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit together.
@@ -129,10 +136,10 @@ def lora_linear(
         UnsupportedError: the named backend cannot serve this call; or a second derivative was asked for.
 
     Numerics:
-        Products accumulate in fp32 (fp64 for float64) and each tensor is rounded once, or twice where a library GEMM adds
-        onto a rounded term. Gradients come in each parameter's own dtype; those of float32 adapters are never rounded to 16
-        bits. Every output is within twice the error of the eager chain against fp64 (tests/). Dropped elements are exactly
-        zero, also where x is Inf or NaN; elsewhere Inf and NaN propagate as in F.linear.
+        Products accumulate in fp32 (fp64 for float64) and each tensor is rounded once, or twice where a library GEMM
+        adds onto a rounded term. Gradients come in each parameter's own dtype; those of float32 adapters are never
+        rounded to 16 bits. Every output is within twice the error of the eager chain against fp64 (tests/). Dropped
+        elements are exactly zero, also where x is Inf or NaN; elsewhere Inf and NaN propagate as in F.linear.
 
     Determinism:
         The same call gives the same bits: reductions run in fixed order, without floating-point atomics.
@@ -141,8 +148,8 @@ def lora_linear(
         x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask, no copy of x.
 
     Source:
-        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. (3); dropout on the adapter's input
-        as in its released code. Scaling for rsLoRA: Kalajdzievski 2023, eq. (3).
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. (3); dropout on the adapter's
+        input as in its released code. Scaling for rsLoRA: Kalajdzievski 2023, eq. (3).
 
     Example:
         >>> import torch
@@ -183,14 +190,15 @@ def lora_linear(
                 flat, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, seed=seed
             )
     else:
-        y, _ = LoRALinearFunction.apply(flat, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+        apply: Callable[..., tuple[Tensor, Tensor]] = LoRALinearFunction.apply
+        y, _ = apply(flat, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _autocast(
     dtype: torch.dtype, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The casts F.linear makes under autocast, which leaves float64 alone; float32 adapters are multiplied as they are."""
+    """The casts F.linear makes under autocast, which leaves float64 alone; float32 adapters stay as they are."""
 
     def cast(t: Tensor) -> Tensor:
         return t if t.dtype == torch.float64 else t.to(dtype)

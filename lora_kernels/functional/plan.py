@@ -28,7 +28,8 @@ def explain_plan(
 
     Args:
         M: tokens, after flattening; >= 0.
-        N, K: out_features and in_features; >= 1.
+        N: out_features; >= 1.
+        K: in_features; >= 1.
         R: rank, 1 to 512.
         dtype: of x and weight.
         device: where the tensors live; a CUDA device must exist.

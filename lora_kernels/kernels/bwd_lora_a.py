@@ -2,8 +2,8 @@
 
     dA[r, k] = sum_m dyb[m, r] mask(m, k) x[m, k]
 
-Grid (column tiles of x, row splits, rank tiles). The product is taken as (mask * x)^T dyb, so that the long side fills the
-matrix unit's M and the rank its N. fp32 shares of each row split, added in fixed order by `reduce_partials`.
+Grid (column tiles of x, row splits, rank tiles). The product is taken as (mask * x)^T dyb, so that the long side fills
+the matrix unit's M and the rank its N. fp32 shares of each row split, added in fixed order by `reduce_partials`.
 """
 
 import torch

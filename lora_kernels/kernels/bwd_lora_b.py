@@ -4,7 +4,8 @@
 
 The two products reduce dy in different directions, so a program owns one column tile and a run of row tiles: it adds dB
 and db over its rows in registers, and writes the column tile's share of dyb for each row tile. Grid (column tiles, row
-splits, rank tiles). All shares are fp32 and added in fixed order by `reduce_partials`: no atomics, the same bits each time.
+splits, rank tiles). All shares are fp32 and added in fixed order by `reduce_partials`: no atomics, the same bits each
+time.
 """
 
 from typing import NamedTuple

@@ -2,9 +2,9 @@
 
     keep(row, col) = u16(seed, row, col) >= threshold
 
-The bits are those of reference/philox.py: Philox4x32-10 with key `seed` and counter (col // 8, row, 0, 0), whose four words
-serve eight columns at 16 bits each. One call for eight elements costs a quarter of `tl.rand`'s one call per element, and
-the result depends on neither tile shape nor strides.
+The bits are those of reference/philox.py: Philox4x32-10 with key `seed` and counter (col // 8, row, 0, 0), whose four
+words serve eight columns at 16 bits each. One call for eight elements costs a quarter of `tl.rand`'s one call per
+element, and the result depends on neither tile shape nor strides.
 """
 
 import triton
@@ -19,8 +19,8 @@ def keep_tile(seed, offs_row, first_col, threshold, BLOCK_COLS: tl.constexpr):
     row = offs_row.to(tl.int32)[:, None]  # [BLOCK_ROWS, 1]
     word_0, word_1, word_2, word_3 = tl.philox(seed, group, row, group * 0, row * 0)
     level = tl.cast(threshold, tl.uint32)
-    # Compare before interleaving: the tiles that change layout are then int1. The last axis of a join is the fastest, so
-    # the nesting (word's high bit, word's low bit, half) reads as col % 8.
+    # Compare before interleaving: the tiles that change layout are then int1. The last axis of a join is the fastest,
+    # so the nesting (word's high bit, word's low bit, half) reads as col % 8.
     low = tl.join(
         tl.join((word_0 & 0xFFFF) >= level, (word_2 & 0xFFFF) >= level),
         tl.join((word_1 & 0xFFFF) >= level, (word_3 & 0xFFFF) >= level),
@@ -41,13 +41,14 @@ def kahan_add(acc, lost, term):
     corrected = term - lost
     total = acc + corrected
     lost = (total - acc) - corrected
-    return total, tl.where(lost == lost, lost, 0.0)
+    return total, tl.where(lost == lost, lost, 0.0)  # noqa: PLR0124 - NaN is what differs from itself
 
 
 @triton.jit
 def low_rank_dot(lhs, rhs, acc, PRECISION: tl.constexpr):
-    """acc + lhs rhs, where one operand may be fp32 and the other 16-bit: the 16-bit one is exact in tf32, so it is the
-    one that is widened, and fp32 adapters never pass through 16 bits.
+    """acc + lhs rhs, where one operand may be fp32 beside a 16-bit one.
+
+    Every 16-bit value is exact in tf32, so that operand is widened, and fp32 adapters never pass through 16 bits.
     """
     if lhs.dtype != rhs.dtype:
         lhs = lhs.to(tl.float32)

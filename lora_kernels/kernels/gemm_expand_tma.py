@@ -3,8 +3,8 @@
     out = lhs rhs + bias + mask * (s e)
 
 Grid and arithmetic are those of `gemm_expand`; lhs, rhs and out are host-side tensor descriptors, so that the main loop
-holds no pointers and no masks: a tile that hangs over an edge is read as zeros and stored in part. The rank-sized s and e
-stay pointers. Needs unit stride in the last dimension and 16-byte alignment elsewhere (`tma_serves`).
+holds no pointers and no masks: a tile that hangs over an edge is read as zeros and stored in part. The rank-sized s and
+e stay pointers. Needs unit stride in the last dimension and 16-byte alignment elsewhere (`tma_serves`).
 """
 
 import torch

@@ -4,7 +4,8 @@
 
 Grid (tiles of y), grouped for L2. Each program accumulates its rows of x A^T beside its tile of x W^T in the same main
 loop and expands them in the epilogue; the programs of the first column of tiles also store xa for the backward. The
-low-rank product is repeated by every column of tiles, so this is the plan where the weight's bytes are the cost (decode).
+low-rank product is repeated by every column of tiles, so this is the plan where the weight's bytes are the cost
+(decode).
 """
 
 import torch

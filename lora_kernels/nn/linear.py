@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ class LoRALinear(nn.Linear):
         lora_alpha: numerator of the scaling.
         lora_dropout: probability to drop an element of the adapter's input while training, in [0, 1).
         use_rslora: divide lora_alpha by sqrt(r) instead of r.
-        init_lora_weights: True: A Kaiming-uniform and B zero, so that the new layer equals its base; "gaussian": A normal with
-            standard deviation 1 / r and B zero; False: both Kaiming-uniform, for tests that need a non-zero update.
+        init_lora_weights: True: A Kaiming-uniform and B zero, so that the new layer equals its base; "gaussian": A
+            normal with standard deviation 1 / r and B zero; False: both Kaiming-uniform, for tests that need a non-zero
+            update.
         device, dtype: of the frozen weight and bias.
         adapter_dtype: of lora_A and lora_B: dtype, or torch.float32 over a 16-bit weight; None means dtype.
         backend: as for `lora_linear`.
@@ -81,7 +82,8 @@ class LoRALinear(nn.Linear):
         _checks.check_features("in_features", in_features)
         _checks.check_features("out_features", out_features)
         self._configure(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend)
-        # nn.Linear's constructor calls reset_parameters, which here needs the adapters; so the parameters are made by hand.
+        # nn.Linear's constructor calls reset_parameters, which here needs the adapters; so the parameters are made by
+        # hand.
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(
@@ -111,7 +113,13 @@ class LoRALinear(nn.Linear):
 
         Args:
             linear: the base; its weight is [N, K] in a float dtype (quantised layers are not plain linears).
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, backend: as for the class.
+            r: as for the class, like all that follow.
+            lora_alpha: numerator of the scaling.
+            lora_dropout: probability to drop, in [0, 1).
+            use_rslora: divide lora_alpha by sqrt(r).
+            init_lora_weights: True, "gaussian" or False.
+            adapter_dtype: linear's dtype, or torch.float32.
+            backend: as for `lora_linear`.
 
         Returns:
             A layer on linear's device, in its training mode, that computes what linear does until lora_B is trained.
@@ -207,8 +215,9 @@ class LoRALinear(nn.Linear):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         update = (self.scaling * self.lora_B.to(wide)) @ self.lora_A.to(wide)
         total = update.add_(self.weight).to(self.weight.dtype)
-        self.register_parameter("unmerged_weight", self.weight)
-        self.weight = nn.Parameter(total, requires_grad=self.weight.requires_grad)
+        base = cast(nn.Parameter, self.weight)
+        self.register_parameter("unmerged_weight", base)
+        self.weight = nn.Parameter(total, requires_grad=base.requires_grad)
 
     def unmerge(self) -> None:
         """weight ← W, the same tensor as before `merge`; no-op when not merged."""
@@ -216,7 +225,7 @@ class LoRALinear(nn.Linear):
             self.weight = self._parameters.pop("unmerged_weight")  # type: ignore[assignment]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The state of a merged layer is that of the unmerged one: base and adapter, never their sum beside the adapter."""
+        """A merged layer saves what the unmerged one would: base and adapter, never their sum beside the adapter."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = destination.pop(prefix + "unmerged_weight")
@@ -239,12 +248,14 @@ class LoRALinear(nn.Linear):
 
 
 def _check_plain(linear: Any) -> None:
-    """Refuses what only looks like a linear: a quantised layer's packed weight has neither this dtype nor this shape."""
+    """Refuses what only looks like a linear, such as a quantised layer with its packed weight."""
     weight = getattr(linear, "weight", None)
-    if isinstance(linear, nn.Linear) and isinstance(weight, nn.Parameter) and weight.is_floating_point():
-        if weight.shape == (linear.out_features, linear.in_features):
+    found = "no weight tensor"
+    if isinstance(weight, Tensor):
+        found = f"weight {list(weight.shape)} {weight.dtype}"
+        plain = isinstance(linear, nn.Linear) and weight.is_floating_point()
+        if plain and weight.shape == (linear.out_features, linear.in_features):
             return
-    found = f"weight {list(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else "no weight tensor"
     raise DtypeError(
         "linear must be an nn.Linear with a floating-point weight [out_features, in_features]; "
         f"got {type(linear).__name__} with {found}. Dequantise it first, or adapt another layer."

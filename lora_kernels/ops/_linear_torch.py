@@ -3,12 +3,12 @@
     xa = alpha (mask * x) A^T      y = (b + xa B^T), then y += x W^T in the GEMM
     dyb = alpha dy B               dx = mask * (dyb A), then dx += dy W in the GEMM
 
-with alpha = scaling / (1 - p). The expand goes first and the base GEMM accumulates on top: y is read and written once less
-than in the eager chain, and is rounded after its large term rather than before.
+with alpha = scaling / (1 - p). The expand goes first and the base GEMM accumulates on top: y is read and written once
+less than in the eager chain, and is rounded after its large term rather than before.
 
-Three cases leave the plain form. With dropout, with fp32 adapters over 16-bit x, and where the plan says "upcast" (a CPU
-without 16-bit matrix instructions), the rank-sized products run over blocks of rows that are converted to fp32 while they are
-in cache; nothing of x's or y's size is ever made in fp32.
+Three cases leave the plain form. With dropout, with fp32 adapters over 16-bit x, and where the plan says "upcast" (a
+CPU without 16-bit matrix instructions), the rank-sized products run over blocks of rows that are converted to fp32
+while they are in cache; nothing of x's or y's size is ever made in fp32.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import COLUMNS_PER_COUNTER, dropout_scale, keep_mask
 
-# Elements of one fp32 block: on a CPU it stays in a core's L2 (2 MiB here; keep_mask is fastest at 2^17 elements: 17 ms for
-# 1024 x 2048 against 34 ms in one piece), on a GPU it must be large enough to fill the machine.
+# Elements of one fp32 block: on a CPU it stays in a core's L2 (2 MiB here; keep_mask is fastest at 2^17 elements: 17 ms
+# for 1024 x 2048 against 34 ms in one piece), on a GPU it must be large enough to fill the machine.
 BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 # fp32 copy of the weight's rows that "upcast" holds at a time: 32 MiB.
 WEIGHT_BLOCK_ELEMENTS = 1 << 23

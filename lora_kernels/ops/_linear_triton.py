@@ -46,8 +46,8 @@ def forward(
     with _launch_scope(x):
         if plan.strategy == "one_pass":
             return one_pass(
-                x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed, threshold=threshold, scale=scale,
-                precision=plan.precision, tile=plan.tile("one_pass"),
+                x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed, threshold=threshold,
+                scale=scale, precision=plan.precision, tile=plan.tile("one_pass"),
             )  # fmt: skip
         xa = shrink(
             x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.shrink_splits,

@@ -1,7 +1,7 @@
-"""`lora_kernels::linear_forward` and `lora_kernels::linear_backward`: two opaque ops that torch.compile, FakeTensor, export and
-CUDA graphs see, over [M, K] inputs that the caller has validated.
+"""`lora_kernels::linear_forward` and `lora_kernels::linear_backward`: opaque to torch.compile, export and CUDA graphs.
 
-The implementation makes the plan from the real sizes, so a compiled graph with a dynamic M does not specialise on it.
+They take [M, K] inputs that the caller has validated. The implementation makes the plan from the real sizes, so a
+compiled graph with a dynamic M does not specialise on it.
 Gradients that are not needed come back as empty tensors: a schema has no optional returns.
 """
 
@@ -80,7 +80,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
-        return _fake_forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+        return x.new_empty(0, weight.shape[0]), lora_A.new_empty(0, lora_A.shape[0])
     plan = _plan(x, weight.shape[0], lora_A, seed, backend)
     with _without_autocast(x):
         if plan.backend == "triton":
@@ -90,7 +90,7 @@ def _forward(
         return _linear_torch.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
 
 
-@torch.library.register_fake("lora_kernels::linear_forward", lib=_LIBRARY)
+@torch.library.register_fake("lora_kernels::linear_forward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_forward(
     x: Tensor,
     weight: Tensor,
@@ -135,7 +135,7 @@ def _backward(
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-@torch.library.register_fake("lora_kernels::linear_backward", lib=_LIBRARY)
+@torch.library.register_fake("lora_kernels::linear_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_backward(
     dy: Tensor,
     x: Tensor | None,

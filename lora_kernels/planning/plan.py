@@ -1,7 +1,8 @@
 """Problem → Plan: the backend, the strategy, the tiles and the reason, from rules in one place.
 
-The rules are arithmetic, not yet measurements. One pass over [M, N] in 2 bytes costs about 184 / K of the base GEMM on an
-H200, so what decides is how many passes a composition makes and whether a GEMM of ours must compete with the library's.
+The rules are arithmetic, not yet measurements. One pass over [M, N] in 2 bytes costs about 184 / K of the base GEMM on
+an H200, so what decides is how many passes a composition makes and whether a GEMM of ours must compete with the
+library's.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class Problem:
 
     @property
     def width(self) -> Width:
+        """Which column of the tile table serves these dtypes."""
         if self.dtype == torch.float32:
             return "32"
         return "16" if self.adapter_dtype == self.dtype else "mixed"
 
     @property
     def family(self) -> Family:
+        """The GPU's family; an unknown one is given the least shared memory of its vendor."""
         unknown: Family = "cdna3" if self.arch.startswith("gfx") else "ada"
         return tiles.FAMILY_OF_ARCH.get(self.arch, unknown)
 
@@ -103,8 +106,8 @@ def obstacle_to_triton(
     if not triton_available:
         return "triton is not installed"
     if device_type == "cpu":
-        hint = "tensors are on the CPU; set TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter"
-        return None if interpreted else hint
+        hint = "set TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter"
+        return None if interpreted else f"tensors are on the CPU; {hint}"
     if interpreted:
         return "TRITON_INTERPRET is set, and the interpreter runs on CPU tensors"
     if device_type != "cuda":
@@ -140,13 +143,14 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
     }
     if rank <= tiles.ONE_PASS_RANK[width]:
         table["one_pass"] = tiles.one_pass_tile(family, width, m, rank)
-    if family == "hopper" and width != "32":
-        table["gemm_expand_tma"] = tiles.gemm_tma_tile(width, m, rank, dropout=False)
-        table["gemm_expand_tma_dropout"] = tiles.gemm_tma_tile(width, m, rank, dropout=True)
-    if width == "mixed":
-        precision = "tf32x3" if nvidia else "ieee"
-    else:
-        precision = "tf32" if problem.tf32 and nvidia else "ieee"
+    if tiles.has_tma(family, width):
+        table["gemm_expand_tma"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=False)
+        table["gemm_expand_tma_dropout"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=True)
+    precision = "ieee"  # the only choice on AMD, whose matrix units multiply fp32
+    if nvidia and width == "mixed":
+        precision = "tf32x3"
+    elif nvidia and problem.tf32:
+        precision = "tf32"
     row_tiles = -(-problem.M // table["shrink"].block_m)
     column_tiles = -(-problem.N // table["bwd_lora_b"].block_n)
     steps_m = -(-problem.M // table["bwd_lora_b"].block_m)

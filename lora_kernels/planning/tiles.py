@@ -1,12 +1,13 @@
 """The shipped tiles: for each kernel and family of GPUs, block sizes that fit registers and shared memory.
 
-Set from compile-only figures (tests/compile holds every entry to: no spills, shared memory within the family's limit), not
-yet from measured speed. A family is a shared-memory limit and a matrix unit:
+Set from compile-only figures (tests/compile holds every entry to: no spills, shared memory within the family's limit),
+not yet from measured speed. A family is a shared-memory limit and a matrix unit:
 
-    hopper  sm_90, sm_100        227 KiB, wgmma / tcgen05, TMA
-    ampere  sm_80                163 KiB, mma.sync
-    ada     sm_86, sm_89, sm_120  99 KiB, mma.sync; also what an unknown NVIDIA GPU gets
-    cdna3   gfx942                64 KiB, mfma; also what an unknown AMD GPU gets
+    blackwell  sm_100               227 KiB and 512 columns of tensor memory, tcgen05, TMA
+    hopper     sm_90                227 KiB, wgmma, TMA
+    ampere     sm_80                163 KiB, mma.sync
+    ada        sm_86, sm_89, sm_120  99 KiB, mma.sync; also what an unknown NVIDIA GPU gets
+    cdna3      gfx942                64 KiB, mfma; also what an unknown AMD GPU gets
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Family = Literal["hopper", "ampere", "ada", "cdna3"]
+Family = Literal["blackwell", "hopper", "ampere", "ada", "cdna3"]
 Width = Literal["16", "mixed", "32"]
 """Bits of x and adapters: both 16, adapters fp32 over a 16-bit x, both fp32."""
 
-FAMILIES: tuple[Family, ...] = ("hopper", "ampere", "ada", "cdna3")
+FAMILIES: tuple[Family, ...] = ("blackwell", "hopper", "ampere", "ada", "cdna3")
 WIDTHS: tuple[Width, ...] = ("16", "mixed", "32")
 FAMILY_OF_ARCH: dict[str, Family] = {
     "sm_80": "ampere",
     "sm_86": "ada",
     "sm_89": "ada",
     "sm_90": "hopper",
-    "sm_100": "hopper",
+    "sm_100": "blackwell",
     "sm_120": "ada",
     "gfx942": "cdna3",
 }
@@ -51,19 +52,25 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Tile:
     return Tile(block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
 
 
-# GEMM with the expand folded in, from pointers: at training M, and at a few dozen rows. 128 x 256 from pointers takes all
-# 255 registers on sm_90 and spills at rank 64, so that size is left to descriptors.
+# GEMM with the expand folded in, from pointers: at training M, and at a few dozen rows. 128 x 256 from pointers takes
+# all 255 registers on sm_90 and spills at rank 64, so that size is left to descriptors.
 _GEMM: dict[tuple[Family, bool], tuple[Tile, Tile]] = {
+    ("blackwell", False): (_tile(128, 128, 64, 8, 3), _tile(64, 64, 64, 4, 3)),
     ("hopper", False): (_tile(128, 128, 64, 8, 3), _tile(64, 64, 64, 4, 3)),
     ("ampere", False): (_tile(128, 128, 64, 8, 3), _tile(64, 64, 64, 4, 3)),
     ("ada", False): (_tile(128, 128, 32, 8, 3), _tile(64, 64, 64, 4, 3)),
     ("cdna3", False): (_tile(128, 128, 32, 8, 2), _tile(64, 64, 64, 4, 2)),
+    ("blackwell", True): (_tile(32, 64, 32, 8, 2), _tile(32, 32, 32, 4, 2)),
     ("hopper", True): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
     ("ampere", True): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
     ("ada", True): (_tile(64, 64, 32, 8, 3), _tile(64, 32, 32, 4, 3)),
     ("cdna3", True): (_tile(64, 64, 32, 8, 2), _tile(64, 32, 32, 4, 2)),
 }
-_GEMM_TMA = (_tile(128, 256, 64, 8, 3), _tile(64, 64, 128, 4, 3))
+# On sm_100 fp32 adapters' three expand products at 128 x 256 ask for 784 columns of tensor memory.
+_GEMM_TMA: dict[Family, tuple[Tile, Tile]] = {
+    "blackwell": (_tile(128, 128, 64, 8, 3), _tile(64, 64, 64, 8, 3)),
+    "hopper": (_tile(128, 256, 64, 8, 3), _tile(64, 64, 128, 4, 3)),
+}
 # The dropout mask and a second accumulator live in the epilogue of dx: half the tile.
 _GEMM_TMA_DROPOUT = _tile(128, 128, 64, 8, 3)
 _GEMM_CDNA3_DROPOUT = _tile(64, 128, 32, 8, 2)
@@ -94,10 +101,15 @@ def gemm_tile(family: Family, width: Width, m: int, rank: int, *, dropout: bool)
     return replace(tile, block_r=_expand_rank(width, rank))
 
 
-def gemm_tma_tile(width: Width, m: int, rank: int, *, dropout: bool) -> Tile:
-    """Tile of `gemm_expand_tma`, which serves 16-bit x on the hopper family."""
+def has_tma(family: Family, width: Width) -> bool:
+    """Whether `gemm_expand_tma` has tiles: 16-bit x, and a GPU with a tensor memory accelerator."""
+    return family in _GEMM_TMA and width != "32"
+
+
+def gemm_tma_tile(family: Family, width: Width, m: int, rank: int, *, dropout: bool) -> Tile:
+    """Tile of `gemm_expand_tma`."""
     few = m <= FEW_ROWS
-    tile = _GEMM_TMA_DROPOUT if dropout and not few else _GEMM_TMA[few]
+    tile = _GEMM_TMA_DROPOUT if dropout and not few else _GEMM_TMA[family][few]
     return replace(tile, block_r=_expand_rank(width, rank))
 
 
@@ -109,6 +121,8 @@ def shrink_tile(family: Family, width: Width, rank: int) -> Tile:
     stages = 2 if family == "cdna3" else 3
     # tf32x3 keeps a second accumulator: 64 columns of it spill where the products are mma.sync.
     widest = 32 if width == "mixed" and family in ("ampere", "ada") else 64
+    if family == "blackwell" and width == "mixed":
+        block_k = 32
     return Tile(block_m=64, block_k=block_k, block_r=min(padded_rank(rank), widest), num_stages=stages)
 
 
@@ -118,11 +132,11 @@ def one_pass_tile(family: Family, width: Width, m: int, rank: int) -> Tile:
     few = m <= SMALLEST_DOT
     stages = 2 if family in ("ada", "cdna3") else 3
     if width == "32":
-        tile = _tile(16, 32, 16, 4, 2)
+        tile = _tile(16, 32, 16, 4, 3 if family == "blackwell" else 2)
     elif width == "mixed":
         tile = _tile(16 if few else 32, 32, 32, 4, stages)
     elif block_r <= 64:
-        tile = _tile(16 if few else 64, 64, 128 if family == "hopper" else 64, 4, stages)
+        tile = _tile(16 if few else 64, 64, 128 if family in ("hopper", "blackwell") else 64, 4, stages)
     else:
         tile = _tile(16 if few else 64, 64, 32 if family == "cdna3" else 64, 8, stages)
     return replace(tile, block_r=block_r)
@@ -132,7 +146,7 @@ def bwd_lora_b_tile(family: Family, width: Width, rank: int) -> Tile:
     """Tile of `bwd_lora_b`: one column tile of dy a program, its rows in steps of block_m."""
     if width == "32":
         return Tile(block_m=32, block_n=64, block_r=SMALLEST_DOT)
-    if family == "cdna3":
+    if family in ("cdna3", "blackwell"):
         return Tile(block_m=64, block_n=64, block_r=min(padded_rank(rank), 64 if width == "16" else 16))
     block_r = min(padded_rank(rank), 64 if width == "16" else 32)
     # Two accumulators of 64 columns: over four warps they spill on sm_80 and sm_89.
@@ -181,7 +195,7 @@ def _tiles_of(family: Family, width: Width, rank: int, *, dropout: bool) -> Iter
         yield "bwd_lora_b", bwd_lora_b_tile(family, width, rank)
     for m in (SMALLEST_DOT, FEW_ROWS, 1 << 13):
         yield "gemm_expand", gemm_tile(family, width, m, rank, dropout=dropout)
-        if family == "hopper" and width != "32":
-            yield "gemm_expand_tma", gemm_tma_tile(width, m, rank, dropout=dropout)
+        if has_tma(family, width):
+            yield "gemm_expand_tma", gemm_tma_tile(family, width, m, rank, dropout=dropout)
         if rank <= ONE_PASS_RANK[width]:
             yield "one_pass", one_pass_tile(family, width, m, rank)

@@ -1,4 +1,4 @@
-"""What a correctness test of LoRA kernels needs, here and downstream: inputs, fp64 truth, error budgets, poisoned memory."""
+"""What a correctness test of LoRA kernels needs, here and downstream: inputs, fp64 truth, budgets, poisoned memory."""
 
 from lora_kernels.testing.budget import (
     ERROR_FACTOR as ERROR_FACTOR,

@@ -1,8 +1,8 @@
 """The error budget: at most twice the error that eager PyTorch makes in that dtype, both held against fp64.
 
-error(a) = ||a - truth|| / ||truth||, Frobenius, in fp64. There is no hand-picked tolerance: where eager happens to be exact
-(a gradient of one element, a product of powers of two), the budget is what rounding the truth itself to the dtype costs at
-most, half a unit in the last place of every element.
+error(a) = ||a - truth|| / ||truth||, Frobenius, in fp64. There is no hand-picked tolerance: where eager happens to be
+exact (a gradient of one element, a product of powers of two), the budget is what rounding the truth itself to the dtype
+costs at most, half a unit in the last place of every element.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def make_linear_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> LinearInputs:
-    """Normal random inputs of problem size [m, k] → [m, n] at rank r, scaled so that base and low-rank term are comparable.
+    """Normal random inputs of [m, k] → [m, n] at rank r, scaled so that base and low-rank term are comparable.
 
     Drawn in fp64 on the CPU and rounded once, so that a seed means the same numbers on every device and in every dtype.
     """

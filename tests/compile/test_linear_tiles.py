@@ -1,4 +1,5 @@
-"""Every shipped tile of every kernel, compiled for every GPU it can be chosen for: no spills, shared memory within limits."""
+"""Every shipped tile of every kernel, compiled for every GPU it can be chosen for: no spills, shared memory within
+limits."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
