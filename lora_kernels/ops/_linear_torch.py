@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.planning import Plan
-from lora_kernels.reference.philox import COLUMNS_PER_COUNTER, dropout_scale, keep_mask
+from lora_kernels.reference.philox import dropout_scale, keep_mask
 
 # Elements of one fp32 block: on a CPU it stays in a core's L2 (2 MiB here; keep_mask is fastest at 2^17 elements: 17 ms
 # for 1024 x 2048 against 34 ms in one piece), on a GPU it must be large enough to fill the machine.
@@ -81,13 +81,12 @@ def forward(
 
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if plan.strategy == "upcast":
-        _upcast_gemm(x, weight.T, xa, lora_B.T, bias, None, 0.0, y)
+        _upcast_gemm(x, weight.T, xa, lora_B.T, bias, y)
         return y, xa
     if xa.dtype != x.dtype:
         wide_bias = None if bias is None else bias.to(xa.dtype)
         for rows in _row_blocks(y):
-            block = torch.mm(xa[rows], lora_B.T) if wide_bias is None else torch.addmm(wide_bias, xa[rows], lora_B.T)
-            y[rows] = block
+            y[rows] = _bias_mm(wide_bias, xa[rows], lora_B.T)
     elif bias is None:
         torch.mm(xa, lora_B.T, out=y)
     else:
@@ -95,43 +94,39 @@ def forward(
     return y.addmm_(x, weight.T), xa
 
 
+def _bias_mm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _keep(block: Tensor, rows: slice, seed: Tensor, dropout_p: float) -> Tensor:
+    return keep_mask(seed, block.shape[0], block.shape[1], dropout_p, first_row=rows.start)
+
+
 def _dropped(x: Tensor, rows: slice, seed: Tensor | None, dropout_p: float) -> Tensor:
     """mask * x for a block of rows, in at least fp32; the 1 / (1 - p) is in alpha."""
-    if seed is None:
-        return x[rows].to(_compute_dtype(x))
-    return _mask(x[rows].to(_compute_dtype(x), copy=True), seed, dropout_p, rows.start)
-
-
-def _mask(block: Tensor, seed: Tensor, dropout_p: float, first_row: int, first_column: int = 0) -> Tensor:
-    """Zeroes the dropped elements of a block in place; a fill, since a product would keep their NaN and Inf."""
-    rows, columns = block.shape
-    keep = keep_mask(seed, rows, columns, dropout_p, first_row=first_row, first_column=first_column)
-    return block.masked_fill_(keep.logical_not_(), 0)
+    block = x[rows]
+    if seed is not None:
+        block = torch.where(_keep(block, rows, seed, dropout_p), block, 0)
+    return block.to(_compute_dtype(x))
 
 
 def _upcast_gemm(
-    lhs: Tensor,
-    rhs: Tensor,
-    s: Tensor,
-    e: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    out: Tensor,
+    lhs: Tensor, rhs: Tensor, s: Tensor | None, e: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
-    """out = lhs rhs + bias + mask * (s e), in fp32 over blocks of out, each rounded once."""
+    """out = lhs rhs + s e + bias in fp32 over blocks of out, each rounded once; without s and e, out += lhs rhs."""
     (m, k), n = lhs.shape, rhs.shape[1]
-    s, e = s.float(), e.float()
-    step_n = max(256, WEIGHT_BLOCK_ELEMENTS // k // COLUMNS_PER_COUNTER * COLUMNS_PER_COUNTER)
+    wide_s, wide_e = (None, None) if s is None or e is None else (s.float(), e.float())
+    step_n = max(256, WEIGHT_BLOCK_ELEMENTS // k)
     for start_n in range(0, n, step_n):
         columns = slice(start_n, start_n + step_n)
-        wide_rhs, wide_e = rhs[:, columns].float(), e[:, columns]
+        wide_rhs = rhs[:, columns].float()
         wide_bias = None if bias is None else bias[columns].float()
         for start_m in range(0, m, UPCAST_ROWS):
-            rows = slice(start_m, min(start_m + UPCAST_ROWS, m))
-            block = torch.mm(s[rows], wide_e) if wide_bias is None else torch.addmm(wide_bias, s[rows], wide_e)
-            if seed is not None:
-                _mask(block, seed, dropout_p, rows.start, start_n)
+            rows = slice(start_m, start_m + UPCAST_ROWS)
+            if wide_s is None or wide_e is None:
+                block = out[rows, columns].float()
+            else:
+                block = _bias_mm(wide_bias, wide_s[rows], wide_e[:, columns])
             out[rows, columns] = block.addmm_(lhs[rows].float(), wide_rhs)
 
 
@@ -139,8 +134,8 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
     xa: Tensor | None,
     seed: Tensor | None,
     scaling: float,
@@ -150,80 +145,82 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there."""
     alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
-    d_lora_B = dyb = d_lora_A = dx = d_weight = d_bias = None
-    adapter = next((t for t in (lora_A, lora_B, xa) if t is not None), None)
-    mixed = adapter is not None and adapter.dtype != dy.dtype
-    upcast = plan.strategy == "upcast"
-    needs_dyb = needs.x or needs.lora_A
-    if mixed or upcast:
-        dyb, d_lora_B = _blockwise_lora_b(dy, lora_B if needs_dyb else None, xa if needs.lora_B else None, alpha)
+    xa = xa if needs.lora_B else None
+    lora_x = x if needs.lora_A else None
+    dx = None
+    if needs.x:
+        assert weight is not None
+        dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
+    if seed is not None or lora_A.dtype != dy.dtype or plan.strategy == "upcast":
+        dyb, d_lora_B = _blockwise_lora_b(dy, lora_B if needs.x or needs.lora_A else None, xa, alpha)
+        d_lora_A = _blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, dx)
     else:
-        if needs.lora_B:
-            assert xa is not None
-            d_lora_B = torch.mm(dy.T, xa)
-        if needs_dyb:
-            assert lora_B is not None
+        d_lora_B = None if xa is None else torch.mm(dy.T, xa)
+        d_lora_A = None
+        if needs.x or needs.lora_A:
             dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
             _scaled_mm(dy, lora_B, alpha, dyb)
-    if needs.lora_A:
-        assert x is not None and dyb is not None
-        blockwise = mixed or upcast or seed is not None
-        d_lora_A = _blockwise_lora_a(x, dyb, seed, dropout_p) if blockwise else torch.mm(dyb.T, x)
-    if needs.x:
-        assert weight is not None and lora_A is not None and dyb is not None
-        dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
-        if upcast:
-            _upcast_gemm(dy, weight, dyb, lora_A, None, seed, dropout_p, dx)
+            d_lora_A = None if lora_x is None else torch.mm(dyb.T, lora_x)
+            if dx is not None:
+                torch.mm(dyb, lora_A, out=dx)
+    if dx is not None:
+        assert weight is not None
+        if plan.strategy == "upcast":
+            _upcast_gemm(dy, weight, None, None, None, dx)
         else:
-            _low_rank_dx(dyb, lora_A, seed, dropout_p, dx)
             dx.addmm_(dy, weight)
+    d_weight = None
     if needs.weight:
         assert x is not None
         d_weight = torch.mm(dy.T, x)
-    if needs.bias:
-        d_bias = dy.sum(0)
-    return dx, d_weight, d_lora_A, d_lora_B, d_bias
+    return dx, d_weight, d_lora_A, d_lora_B, dy.sum(0) if needs.bias else None
 
 
 def _blockwise_lora_b(
     dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dyb, dB) from one pass over blocks of dy; each None where its operand is."""
-    m, n = dy.shape
+    """(dyb, dB) from one pass over blocks of dy, in fp32; each None where its operand is."""
     compute = _compute_dtype(dy)
     dyb = d_lora_B = wide_B = None
     if lora_B is not None:
-        dyb = torch.empty((m, lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
+        dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
         wide_B = lora_B.to(compute)
     if xa is not None:
-        d_lora_B = torch.zeros((n, xa.shape[1]), dtype=compute, device=dy.device)
+        d_lora_B = torch.zeros((dy.shape[1], xa.shape[1]), dtype=compute, device=dy.device)
     for rows in _row_blocks(dy):
         block = dy[rows].to(compute)
         if dyb is not None and wide_B is not None:
             dyb[rows] = torch.mm(block, wide_B).mul_(alpha)
         if d_lora_B is not None and xa is not None:
             d_lora_B.addmm_(block.T, xa[rows].to(compute))
-    if d_lora_B is not None and xa is not None:
-        d_lora_B = d_lora_B.to(xa.dtype)
-    return dyb, d_lora_B
+    return dyb, None if d_lora_B is None or xa is None else d_lora_B.to(xa.dtype)
 
 
-def _blockwise_lora_a(x: Tensor, dyb: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """dA = dyb^T (mask * x), accumulated in fp32 over blocks of rows and cast once."""
-    compute = _compute_dtype(x)
-    d_lora_A = torch.zeros((dyb.shape[1], x.shape[1]), dtype=compute, device=x.device)
-    for rows in _row_blocks(x):
-        d_lora_A.addmm_(dyb[rows].to(compute).T, _dropped(x, rows, seed, dropout_p))
-    return d_lora_A.to(dyb.dtype)
+def _blockwise_lora_a(
+    x: Tensor | None,
+    dyb: Tensor | None,
+    lora_A: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    dx: Tensor | None,
+) -> Tensor | None:
+    """Returns dA = dyb^T (mask * x) and writes mask * (dyb A) into dx, with one evaluation of the mask for both.
 
-
-def _low_rank_dx(dyb: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float, dx: Tensor) -> None:
-    """Writes mask * (dyb A) into dx, block by block where it must be masked or converted."""
-    if seed is None and dyb.dtype == dx.dtype:
-        torch.mm(dyb, lora_A, out=dx)
-        return
-    for rows in _row_blocks(dx):
-        block = torch.mm(dyb[rows], lora_A)
-        if seed is not None:
-            _mask(block, seed, dropout_p, rows.start)
-        dx[rows] = block
+    In fp32 over blocks of rows; dA is cast once. None for x or dx leaves that product out.
+    """
+    shaped = x if dx is None else dx
+    if shaped is None or dyb is None:
+        return None
+    compute = _compute_dtype(dyb)
+    wide_A = lora_A.to(compute)
+    d_lora_A = None if x is None else torch.zeros(lora_A.shape, dtype=compute, device=x.device)
+    for rows in _row_blocks(shaped):
+        keep = None if seed is None else _keep(shaped[rows], rows, seed, dropout_p)
+        block_dyb = dyb[rows].to(compute)
+        if x is not None and d_lora_A is not None:
+            block = x[rows] if keep is None else torch.where(keep, x[rows], 0)
+            d_lora_A.addmm_(block_dyb.T, block.to(compute))
+        if dx is not None:
+            low_rank = torch.mm(block_dyb, wide_A)
+            dx[rows] = low_rank if keep is None else torch.where(keep, low_rank, 0)
+    return None if d_lora_A is None else d_lora_A.to(lora_A.dtype)

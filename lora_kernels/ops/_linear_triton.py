@@ -60,8 +60,8 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
     xa: Tensor | None,
     seed: Tensor | None,
     scaling: float,
@@ -75,7 +75,6 @@ def backward(
     from_dy = LoRABGradients(None, None, None)
     with _launch_scope(dy):
         if needs.x or needs.lora_A or needs.lora_B:
-            assert lora_B is not None
             from_dy = bwd_lora_b(
                 dy=dy, lora_B=lora_B, xa=xa if needs.lora_B else None, bias_dtype=dy.dtype if needs.bias else None,
                 needs_dyb=needs.x or needs.lora_A, scale=scale, splits=plan.row_splits,
@@ -88,7 +87,7 @@ def backward(
                 precision=plan.precision, tile=plan.tile("bwd_lora_a"),
             )  # fmt: skip
         if needs.x:
-            assert weight is not None and lora_A is not None and from_dy.dyb is not None
+            assert weight is not None and from_dy.dyb is not None
             dx = _gemm(dy, weight, False, from_dy.dyb, lora_A, None, seed, threshold, plan)
     # Full fine-tuning beside LoRA: one plain GEMM, and a bias without adapters one plain sum. Nothing to fuse.
     if needs.weight:

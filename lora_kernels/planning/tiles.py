@@ -86,10 +86,8 @@ def padded_rank(rank: int) -> int:
 
 
 def _expand_rank(width: Width, rank: int) -> int:
-    """Step of the expand over the rank. fp32 tiles are twice as large, and their FMA products take more registers."""
-    if width == "32":
-        return SMALLEST_DOT
-    return SMALLEST_DOT if rank <= SMALLEST_DOT else (64 if width == "16" else 32)
+    """Step of the expand over the rank: fp32 operands, split or multiplied by FMA, take the registers of wider steps."""
+    return SMALLEST_DOT if width != "16" or rank <= SMALLEST_DOT else 64
 
 
 def gemm_tile(family: Family, width: Width, m: int, rank: int, *, dropout: bool) -> Tile:
@@ -121,7 +119,7 @@ def shrink_tile(family: Family, width: Width, rank: int) -> Tile:
     stages = 2 if family == "cdna3" else 3
     # tf32x3 keeps a second accumulator: 64 columns of it spill where the products are mma.sync.
     widest = 32 if width == "mixed" and family in ("ampere", "ada") else 64
-    if family == "blackwell" and width == "mixed":
+    if family in ("ampere", "blackwell") and width == "mixed":
         block_k = 32
     return Tile(block_m=64, block_k=block_k, block_r=min(padded_rank(rank), widest), num_stages=stages)
 
@@ -146,7 +144,9 @@ def bwd_lora_b_tile(family: Family, width: Width, rank: int) -> Tile:
     """Tile of `bwd_lora_b`: one column tile of dy a program, its rows in steps of block_m."""
     if width == "32":
         return Tile(block_m=32, block_n=64, block_r=SMALLEST_DOT)
-    if family in ("cdna3", "blackwell"):
+    if family == "cdna3":  # wider ranks spill scalar registers at any size tried
+        return Tile(block_m=32, block_n=64, block_r=min(padded_rank(rank), 32 if width == "16" else 16))
+    if family == "blackwell":
         return Tile(block_m=64, block_n=64, block_r=min(padded_rank(rank), 64 if width == "16" else 16))
     block_r = min(padded_rank(rank), 64 if width == "16" else 32)
     # Two accumulators of 64 columns: over four warps they spill on sm_80 and sm_89.

@@ -37,15 +37,16 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
     """Ten Philox rounds over broadcastable int64 tensors that hold uint32 values.
 
     A product of two uint32 values wraps in int64, but its bits are right: a shift and a mask read the high word back.
+    The low words keep their upper half until the end, since they only meet xors whose result is masked.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         product_a, product_b = c0 * ROUND_A, c2 * ROUND_B
-        c0, c1 = (product_b >> 32).bitwise_and_(LOW_32) ^ c1 ^ k0, product_b.bitwise_and_(LOW_32)
-        c2, c3 = (product_a >> 32).bitwise_and_(LOW_32) ^ c3 ^ k1, product_a.bitwise_and_(LOW_32)
+        c0, c1 = ((product_b >> 32) ^ c1 ^ k0) & LOW_32, product_b
+        c2, c3 = ((product_a >> 32) ^ c3 ^ k1) & LOW_32, product_a
         k0, k1 = (k0 + KEY_A) & LOW_32, (k1 + KEY_B) & LOW_32
-    return c0, c1, c2, c3
+    return c0, c1 & LOW_32, c2, c3 & LOW_32
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int = 0, first_column: int = 0) -> Tensor:
@@ -76,5 +77,5 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int
     keep = torch.empty(rows, groups, COLUMNS_PER_COUNTER, dtype=torch.bool, device=seed.device)
     for index, word in enumerate(words):
         torch.ge(word & 0xFFFF, threshold, out=keep[:, :, 2 * index])
-        torch.ge(word >> 16, threshold, out=keep[:, :, 2 * index + 1])
+        torch.ge(word, threshold << 16, out=keep[:, :, 2 * index + 1])
     return keep.view(rows, groups * COLUMNS_PER_COUNTER)[:, :columns]
