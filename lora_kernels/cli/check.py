@@ -12,11 +12,9 @@ import dataclasses
 import json
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +22,19 @@ from torch import Tensor
 from lora_kernels import config
 from lora_kernels.cli import table
 from lora_kernels.errors import UnsupportedError
-from lora_kernels.ops import Needs, problem_of
+from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
 from lora_kernels.planning.plan import Strategy, obstacle_to_triton
 from lora_kernels.reference.philox import keep_mask
-
-if TYPE_CHECKING:
-    from lora_kernels.testing import LinearInputs
+from lora_kernels.testing import (
+    LinearInputs,
+    budget_rows,
+    make_linear_inputs,
+    poisoned_allocation,
+    run_linear,
+    run_linear_plan,
+)
 
 BACKENDS = ("torch", "triton")
 
@@ -239,8 +242,6 @@ def _plans(
 
 def run_jobs(jobs: Sequence[Job]) -> Iterator[Row]:
     """A row for each job; an exception is a failed row, so that one kernel that does not compile hides no other."""
-    from lora_kernels.testing import run_linear
-
     budgets: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
     for job in jobs:
         try:
@@ -260,8 +261,6 @@ def run_jobs(jobs: Sequence[Job]) -> Iterator[Row]:
 
 
 def _inputs(job: Job) -> LinearInputs:
-    from lora_kernels.testing import make_linear_inputs
-
     case = job.case
     inputs = make_linear_inputs(
         case.M, case.N, case.K, case.R,
@@ -286,53 +285,20 @@ def _inputs(job: Job) -> LinearInputs:
 
 def _call(job: Job) -> Callable[[LinearInputs], dict[str, Tensor]]:
     """y and every gradient by name: through lora_linear, or through the backend for a plan of another kind."""
-    from lora_kernels.testing import run_linear
-
     plan = job.plan
     if plan is None:
         return lambda inputs: run_linear(inputs, job.backend)
-    return lambda inputs: _run_plan(inputs, plan)
-
-
-def _run_plan(inputs: LinearInputs, plan: Plan) -> dict[str, Tensor]:
-    from lora_kernels.ops import _linear_torch
-
-    backend: Any = _linear_torch
-    if plan.backend == "triton":
-        from lora_kernels.ops import _linear_triton
-
-        backend = _linear_triton
-    i, p = inputs, inputs.dropout_p
-    seed = torch.full((1,), i.dropout_seed, dtype=torch.int64, device=i.x.device) if p > 0 else None
-    y, xa = backend.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, i.scaling, p, plan)
-    needs = Needs(x=True, weight=True, lora_A=True, lora_B=True, bias=i.bias is not None)
-    gradients = backend.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, i.scaling, p, needs, plan)
-    found = {f"d_{name}": gradient for name, gradient in zip(Needs._fields, gradients, strict=True)}
-    return {"y": y} | {name: gradient for name, gradient in found.items() if gradient is not None}
-
-
-@contextmanager
-def _poisoned() -> Iterator[None]:
-    """Unwritten memory is NaN; deterministic mode, which does this, may warn about cuBLAS but not refuse it."""
-    from lora_kernels.testing import poisoned_allocation
-
-    with poisoned_allocation(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
+    return lambda inputs: run_linear_plan(inputs, plan)
 
 
 # -- how it is judged ------------------------------------------------------------------------------------------
 
 
 def _check_numbers(job: Job, inputs: LinearInputs, truth: dict[str, Tensor], eager: dict[str, Tensor]) -> Row:
-    from lora_kernels.testing import budget_rows
-
     call = _call(job)
-    interpreted = (
-        job.backend == "triton" and config.INTERPRETED
-    )  # one thread, in order: a second run would be for nothing
-    with _poisoned():
+    # One thread, in order: a second run of the interpreter would be for nothing.
+    interpreted = job.backend == "triton" and config.INTERPRETED
+    with poisoned_allocation():
         actual = call(inputs)
         again = actual if interpreted else call(inputs)
     if actual.keys() != truth.keys():
@@ -359,7 +325,7 @@ def _check_masks(job: Job) -> Row:
         dropout_seed=MASK_SEED,
     )
     call = _call(job)
-    with _poisoned():
+    with poisoned_allocation():
         spread = call(probe)
         single = call(dataclasses.replace(probe, dy=torch.eye(size, **wide)))  # type: ignore[call-overload]
     expected = keep_mask(torch.tensor([MASK_SEED]), size, size, job.case.dropout_p)

@@ -57,6 +57,13 @@ def low_rank_dot(lhs, rhs, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def finite_part(t):
+    """t in fp32 with zeros for Inf and NaN, which then meet only the product that they belong to: Inf * 0 is NaN."""
+    wide = t.to(tl.float32)
+    return tl.where(tl.abs(wide) < float("inf"), wide, 0.0)
+
+
+@triton.jit
 def expand_dot(s, e, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + s e onto a tile of a 16-bit (WIDE: s and e are fp32 beside it) or fp32 output.
 
@@ -66,10 +73,9 @@ def expand_dot(s, e, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """
     if WIDE:
         s_high, e_high = s.to(tl.bfloat16), e.to(tl.bfloat16)
-        s_low = (s - s_high.to(tl.float32)).to(tl.bfloat16)
-        e_low = (e - e_high.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(s_low, e_high, acc)
-        acc = tl.dot(s_high, e_low, acc)
+        s_finite, e_finite = finite_part(s_high), finite_part(e_high)
+        acc = tl.dot((finite_part(s) - s_finite).to(tl.bfloat16), e_finite.to(tl.bfloat16), acc)
+        acc = tl.dot(s_finite.to(tl.bfloat16), (finite_part(e) - e_finite).to(tl.bfloat16), acc)
         return tl.dot(s_high, e_high, acc)
     return tl.dot(s, e, acc, input_precision=PRECISION)
 

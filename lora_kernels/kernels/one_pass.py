@@ -51,7 +51,9 @@ def one_pass_kernel(
         w_ptrs += tl.cast(stride_w_k, tl.int64) * BLOCK_K
         a_ptrs += tl.cast(stride_a_k, tl.int64) * BLOCK_K
 
-    # Scaled in fp32, rounded once: the values that the backward will read are the values that this epilogue expands.
+    # The padded columns are Inf * 0 where x is Inf, and must not meet the padded rows of B. Scaled in fp32, rounded
+    # once: what the backward will read is what this epilogue expands.
+    acc_xa = tl.where(offs_r[None, :] < R, acc_xa, 0.0)
     xa = (acc_xa * tl.cast(scale, tl.float32)).to(xa_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
     if pid_n == 0:
         xa_ptrs = xa_ptr + rows[:, None] * R + offs_r[None, :]

@@ -3,7 +3,8 @@
     out[m, r] = scale * sum_k mask(m, k) x[m, k] A[r, k]
 
 Grid (row tiles, rank tiles, splits of K). With one split the scaled result is rounded once to out's dtype; with more,
-fp32 partial sums go to [splits, M, R] and `reduce_partials` adds them in fixed order. Called for xa in the forward.
+fp32 partial sums go to [splits, M, R] and `reduce_partials` adds them in fixed order. Called for xa in
+the forward, and for dyb = scale * dy B (with A = B^T) where the rank is too wide to share dy's read with dB.
 """
 
 import torch

@@ -7,5 +7,6 @@ from lora_kernels.ops._linear_torch import Needs as Needs
 from lora_kernels.ops.linear import (
     linear_backward as linear_backward,
     linear_forward as linear_forward,
+    linear_implementation as linear_implementation,
     problem_of as problem_of,
 )

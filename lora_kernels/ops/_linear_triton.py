@@ -71,24 +71,32 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there; M >= 1."""
     threshold, scale = _dropout(seed, scaling, dropout_p)
+    needs_dyb = needs.x or needs.lora_A
+    one_read = needs_dyb and plan.dy_reads == 1
     dx = d_weight = d_lora_A = None
     from_dy = LoRABGradients(None, None, None)
     with _launch_scope(dy):
-        if needs.x or needs.lora_A or needs.lora_B:
+        if one_read or needs.lora_B:
             from_dy = bwd_lora_b(
                 dy=dy, lora_B=lora_B, xa=xa if needs.lora_B else None, bias_dtype=dy.dtype if needs.bias else None,
-                needs_dyb=needs.x or needs.lora_A, scale=scale, splits=plan.row_splits,
+                needs_dyb=one_read, scale=scale, splits=plan.row_splits,
                 precision=plan.precision, tile=plan.tile("bwd_lora_b"),
             )  # fmt: skip
+        dyb = from_dy.dyb
+        if needs_dyb and dyb is None:
+            dyb = shrink(
+                x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale, splits=plan.shrink_splits,
+                precision=plan.precision, tile=plan.tile("shrink"),
+            )  # fmt: skip
         if needs.lora_A:
-            assert x is not None and from_dy.dyb is not None
+            assert x is not None and dyb is not None
             d_lora_A = bwd_lora_a(
-                x=x, dyb=from_dy.dyb, seed=seed, threshold=threshold, splits=plan.row_splits,
+                x=x, dyb=dyb, seed=seed, threshold=threshold, splits=plan.row_splits,
                 precision=plan.precision, tile=plan.tile("bwd_lora_a"),
             )  # fmt: skip
         if needs.x:
-            assert weight is not None and from_dy.dyb is not None
-            dx = _gemm(dy, weight, False, from_dy.dyb, lora_A, None, seed, threshold, plan)
+            assert weight is not None and dyb is not None
+            dx = _gemm(dy, weight, False, dyb, lora_A, None, seed, threshold, plan)
     # Full fine-tuning beside LoRA: one plain GEMM, and a bias without adapters one plain sum. Nothing to fuse.
     if needs.weight:
         assert x is not None

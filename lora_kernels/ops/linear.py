@@ -8,6 +8,7 @@ Gradients that are not needed come back as empty tensors: a schema has no option
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +61,49 @@ def _plan(t: Tensor, n: int, lora_A: Tensor, seed: Tensor | None, backend: str) 
     return make_plan(problem, backend, triton_available=triton_available())
 
 
+class LinearImplementation(Protocol):
+    """What a backend's module offers: both directions, under a plan that names it."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor]:
+        """(y [M, N], xa [M, R]) for x [M, K], M >= 1."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        xa: Tensor | None,
+        seed: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        needs: Needs,
+        plan: Plan,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, lora_A, lora_B, bias; None where not needed."""
+
+
+def linear_implementation(plan: Plan) -> LinearImplementation:
+    """The module that serves a plan: for the ops below, and for checks that go through the strategies one by one."""
+    if plan.backend == "triton":
+        from lora_kernels.ops import _linear_triton
+
+        return _linear_triton
+    return _linear_torch
+
+
 def _without_autocast(t: Tensor) -> AbstractContextManager[object]:
     """Dtypes were settled above; autocast would cast the fp32 adapters' products again."""
     if torch.is_autocast_enabled(t.device.type):
@@ -83,11 +127,7 @@ def _forward(
         return x.new_empty(0, weight.shape[0]), lora_A.new_empty(0, lora_A.shape[0])
     plan = _plan(x, weight.shape[0], lora_A, seed, backend)
     with _without_autocast(x):
-        if plan.backend == "triton":
-            from lora_kernels.ops import _linear_triton
-
-            return _linear_triton.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
-        return _linear_torch.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
+        return linear_implementation(plan).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
 
 
 @torch.library.register_fake("lora_kernels::linear_forward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -125,13 +165,9 @@ def _backward(
         return tuple(gradient.zero_() for gradient in empty)
     plan = _plan(dy, dy.shape[1], lora_A, seed, backend)
     with _without_autocast(dy):
-        if plan.backend == "triton":
-            from lora_kernels.ops import _linear_triton
-
-            implementation = _linear_triton.backward
-        else:
-            implementation = _linear_torch.backward
-        gradients = implementation(dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan)
+        gradients = linear_implementation(plan).backward(
+            dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
+        )
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -25,6 +25,8 @@ DECODE_ROWS = 128
 UPCAST_ROWS = 16
 """From this M on, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
 ROW_SPLITS_MAX = 64
+ONE_READ_RANK = 64
+"""One read of dy writes 4 M R bytes of shares for each column tile: past this rank, more than dy itself."""
 OLDEST_SM = 80
 
 
@@ -69,6 +71,7 @@ class Plan:
         reason: one sentence.
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
         use_tma: whether the large GEMMs may use tensor descriptors.
+        dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         shrink_splits, row_splits: how many programs share a reduction over K, over M.
         tiles: the tile of each kernel, by the kernel's name.
     """
@@ -78,6 +81,7 @@ class Plan:
     reason: str
     precision: str = "ieee"
     use_tma: bool = False
+    dy_reads: int = 1
     shrink_splits: int = 1
     row_splits: int = 1
     tiles: tuple[tuple[str, Tile], ...] = ()
@@ -160,6 +164,7 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
         strategy="one_pass" if _is_decode(problem) else "shrink_fused",
         reason=reason,
         precision=precision,
+        dy_reads=1 if rank <= ONE_READ_RANK else 2,
         use_tma="gemm_expand_tma" in table and not problem.interpreted,
         shrink_splits=_splits(problem.sm_count, row_tiles, steps_k),
         row_splits=_splits(problem.sm_count, column_tiles, steps_m),
@@ -195,8 +200,10 @@ def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan
                 f"backend='triton' cannot serve this problem: {obstacle}. Use backend='auto' to fall back."
             )
         return _triton_plan(problem, "asked for by name")
-    if obstacle or problem.interpreted:
-        return _torch_plan(problem, obstacle or "the interpreter is for tests; auto never chooses it")
+    if problem.device_type == "cpu":
+        return _torch_plan(problem, "tensors are on the CPU, which library GEMMs serve best")
+    if obstacle:
+        return _torch_plan(problem, obstacle)
     if _is_decode(problem):
         return _triton_plan(
             problem, f"M <= {DECODE_ROWS}: the weight's bytes are the cost, so one launch reads them once"

@@ -86,7 +86,7 @@ def padded_rank(rank: int) -> int:
 
 
 def _expand_rank(width: Width, rank: int) -> int:
-    """Step of the expand over the rank: fp32 operands, split or multiplied by FMA, take the registers of wider steps."""
+    """Step of the expand over the rank; fp32 operands, split or multiplied by FMA, take the registers of wider ones."""
     return SMALLEST_DOT if width != "16" or rank <= SMALLEST_DOT else 64
 
 

@@ -49,7 +49,7 @@ def lora_linear(
 ) -> Tensor:
     """y [M, N] for x [M, K]: five separate steps, each differentiable, rounding after each as eager PyTorch does."""
     base = F.linear(x, weight, bias)
-    xa = F.linear(drop(x, dropout_p, seed).to(lora_A.dtype), lora_A)
+    xa = F.linear(drop(x.to(lora_A.dtype), dropout_p, seed), lora_A)
     return (base + scaling * F.linear(xa, lora_B)).to(x.dtype)
 
 

@@ -1,6 +1,6 @@
 """What a correctness test of LoRA kernels needs, here and downstream: inputs, fp64 truth, budgets, poisoned memory."""
 
-from lora_kernels.testing.budget import (
+from lora_kernels.reference.budget import (
     ERROR_FACTOR as ERROR_FACTOR,
     BudgetRow as BudgetRow,
     budget_rows as budget_rows,
@@ -10,5 +10,6 @@ from lora_kernels.testing.linear import (
     LinearInputs as LinearInputs,
     make_linear_inputs as make_linear_inputs,
     run_linear as run_linear,
+    run_linear_plan as run_linear_plan,
 )
 from lora_kernels.testing.poison import poisoned_allocation as poisoned_allocation

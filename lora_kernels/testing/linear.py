@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lora_kernels import ops
 from lora_kernels.functional.linear import lora_linear
+from lora_kernels.planning import Plan
 
 
 @dataclass(frozen=True)
@@ -110,3 +112,15 @@ def run_linear(
         if leaf.grad is not None:
             results[f"d_{name}"] = leaf.grad
     return results
+
+
+def run_linear_plan(inputs: LinearInputs, plan: Plan) -> dict[str, Tensor]:
+    """One forward and backward as `plan` says, whatever the planner would choose: names as in `run_linear`."""
+    i, p = inputs, inputs.dropout_p
+    implementation = ops.linear_implementation(plan)
+    seed = torch.full((1,), i.dropout_seed, dtype=torch.int64, device=i.x.device) if p > 0 else None
+    y, xa = implementation.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, i.scaling, p, plan)
+    needs = ops.Needs(x=True, weight=True, lora_A=True, lora_B=True, bias=i.bias is not None)
+    gradients = implementation.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, i.scaling, p, needs, plan)
+    found = {f"d_{name}": gradient for name, gradient in zip(ALL_PARAMETERS, gradients, strict=True)}
+    return {"y": y} | {name: gradient for name, gradient in found.items() if gradient is not None}

@@ -21,10 +21,11 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     """||actual - truth|| / ||truth|| in fp64; a NaN or Inf that truth does not have is an infinite error."""
     if actual.shape != truth.shape:
         raise ValueError(f"actual must have truth's shape {list(truth.shape)}; got {list(actual.shape)}")
-    difference = (actual.double() - truth.double()).norm().item()
+    actual, truth = actual.detach().cpu().double(), truth.detach().cpu().double()
+    difference = (actual - truth).norm().item()
     if not math.isfinite(difference):
         return math.inf
-    scale = truth.double().norm().item()
+    scale = truth.norm().item()
     return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
 
 
