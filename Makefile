@@ -71,9 +71,10 @@ bench: $(DEMO) ## check, compare with the unfused chain, fine-tune a real model;
 docs: $(READY) ## run every example in README, docs and docstrings; follow every link
 	$(BIN)/python -m pytest tests/unit/test_docs.py
 
-# The output goes to the screen and to $(OUT). Every step runs; one failure fails the target.
+# The output goes to the screen and to $(OUT). Every step runs; one failure fails the target. -W default: the versions
+# there are not the pinned ones, and a deprecation in them is no fault of a kernel.
 gpu: export PYTHONPATH := $(CURDIR)
-gpu: ## the check and the GPU tests with the python3 that is there, nothing installed
+gpu: ## the check, the GPU tests and the benchmark with the python3 that is there, nothing installed
 	@mkdir -p "$(OUT)"
 	@failed=; \
 	step() { \
@@ -84,7 +85,8 @@ gpu: ## the check and the GPU tests with the python3 that is there, nothing inst
 	}; \
 	$(PYTHON) -m lora_kernels info --json > "$(OUT)/info.json" || failed=" info.json"; \
 	step check.txt $(PYTHON) -m lora_kernels check; \
-	step tests.txt $(PYTHON) -m pytest tests/gpu; \
+	step tests.txt $(PYTHON) -m pytest -W default tests/gpu; \
+	step bench.txt $(PYTHON) -m lora_kernels bench --out "$(OUT)/bench"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean: ## remove caches and build output
