@@ -1,6 +1,6 @@
 """One linear at a time: frozen, unfused and fused side by side, interleaved in one run.
 
-    python -m bench.linear [--only WORDS] [--budget SECONDS] [--out FOLDER]
+python -m bench.linear [--only WORDS] [--budget SECONDS] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lora_kernels.benchmarking.report import Table, by_case, summarise
 from lora_kernels.benchmarking.runner import run_suite
 
 RESULTS = Path(__file__).parent / "results" / "local"
+BUDGET_S = 1.0  # of timing per case, at least six rounds
 # Speed-up over the unfused chain that the torch backend is held to on a CPU, forward + backward.
 CPU_TARGETS = {"float32": 1.06, "bfloat16": 1.12}
 
@@ -57,11 +58,10 @@ def summary(records: Sequence[Record], device: torch.device) -> list[str]:
     lines = []
     fused = dict.fromkeys(r.provider for r in records if r.provider not in (FROZEN, UNFUSED))
     for provider in fused:
-        for dtype in CPU_TARGETS:
+        for dtype, target in CPU_TARGETS.items():
             found = summarise(records, provider, dtype)
             if found:
-                target = CPU_TARGETS[dtype] if device.type == "cpu" and provider == "torch" else None
-                lines.append(found.line(target))
+                lines.append(found.line(target if device.type == "cpu" and provider == "torch" else None))
     refused = [r for r in records if r.refused]
     lines += [f"REFUSED {r.provider} on {r.name} ({r.dtype}, {r.mode}): {r.status}" for r in refused]
     checked = sum(r.error is not None for r in records)
@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.linear", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="words a case must contain, such as 'bert-base bf16 p=0'")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing per case (at least 6 rounds)")
-    parser.add_argument("--out", type=Path, help="folder for CSV, JSON and plots (default: bench/results/local/<device>)")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds of timing per case (at least 6 rounds)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for CSV, JSON and plots (default: bench/results/local/<device>)"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     cases = suites.select(suites.suite_for(device), arguments.only)

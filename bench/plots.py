@@ -161,3 +161,59 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def finetune(outcome: Outcome, path: Path) -> None:
+    """Two loss curves on top of each other, how far they stray, and the bars of step time and memory."""
+    unfused, twin, ours = outcome.losses
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplot_mosaic(
+            [["loss", "loss", "loss"], ["stray", "stray", "stray"], ["step", "peak", "kept"]],
+            figsize=(8.6, 7.4),
+            gridspec_kw={"height_ratios": (2.4, 1.5, 1.0)},
+            layout="constrained",
+        )
+        steps = range(1, len(outcome.losses[unfused]) + 1)
+        loss = panels["loss"]
+        loss.plot(steps, outcome.losses[unfused], color=THEIRS, linewidth=4.5, alpha=0.45, label="unfused layer")
+        loss.plot(steps, outcome.losses[ours], color=OURS, linewidth=1.3, label="lora_kernels")
+        loss.set(ylabel="training loss", ylim=(0, None), title="Loss: same start, same batches")
+        loss.legend(loc="upper right")
+        stray = panels["stray"]
+        for arm, colour, label in ((twin, CONTROL, "unfused, weights moved by 1 ulp"), (ours, OURS, "lora_kernels")):
+            # Steps at which the curves coincide to the last bit have no place on a logarithmic axis.
+            points = [(step, value) for step, value in zip(steps, outcome.strayed(arm), strict=True) if value > 0]
+            stray.plot(*zip(*points, strict=True) if points else ((), ()), color=colour, linewidth=1.4, label=label)
+        if outcome.asserted:
+            stray.axhline(outcome.tolerance, color=INK, linewidth=0.9, linestyle="--", label="allowed")
+        stray.set(yscale="log", xlabel="step", title="Relative distance from the unfused layer's loss")
+        # Above the panel: inside, every corner is a place where a curve may run.
+        stray.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=3, fontsize=8, borderaxespad=0.2)
+        stray.sharex(loss)
+        spread = {arm: outcome.times.time(arm) for arm in (unfused, ours)}
+        _pair(panels["step"], [spread[unfused].median, spread[ours].median], "Step time, ms", "{:.0f}")
+        for position, arm in enumerate((unfused, ours)):
+            panels["step"].plot((spread[arm].p10, spread[arm].p90), (position, position), color=INK, linewidth=1.1)
+        _pair(panels["peak"], [outcome.peak[arm] / 2**20 for arm in (unfused, ours)], "Peak memory, MiB", "{:.0f}")
+        _pair(
+            panels["kept"], [outcome.saved[arm] / 2**20 for arm in (unfused, ours)], "Kept for backward, MiB", "{:.0f}"
+        )
+        panels["peak"].set_yticklabels([])
+        panels["kept"].set_yticklabels([])
+        environment = outcome.environment
+        threads = "" if environment.driver else f", {environment.threads} threads"
+        note = f"{outcome.title}; {environment.device}{threads}, torch {environment.torch}"
+        _headline(figure, "Fine-tuning with LoRA: unfused layer and lora_kernels", note)
+        _save(figure, path)
+
+
+def _pair(axes: Axes, values: Sequence[float], title: str, form: str) -> None:
+    axes.barh((0, 1), values, color=(THEIRS, OURS), height=0.62, alpha=0.9)
+    for position, value in enumerate(values):
+        inside = axes.annotate(form.format(value), (0, position), (6, 0), textcoords="offset points")
+        inside.set(va="center", color="white", fontweight="bold", fontsize=9)
+    axes.set_yticks((0, 1), ("unfused layer", "lora_kernels"))
+    axes.set_ylim(1.5, -0.5)
+    axes.set_title(title)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)

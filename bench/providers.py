@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from lora_kernels.benchmarking.providers import (
     FROZEN as FROZEN,
-)
-from lora_kernels.benchmarking.providers import (
     PROVIDERS as PROVIDERS,
-)
-from lora_kernels.benchmarking.providers import (
     UNFUSED as UNFUSED,
-)
-from lora_kernels.benchmarking.providers import (
     unfused_chain,
 )
 

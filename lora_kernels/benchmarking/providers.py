@@ -115,9 +115,7 @@ def _frozen(inputs: LinearInputs, dropout_p: float) -> Tensor:
 
 def _unfused(inputs: LinearInputs, dropout_p: float) -> Tensor:
     i = inputs
-    return unfused_chain(
-        i.x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=i.scaling, dropout_p=dropout_p
-    )
+    return unfused_chain(i.x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=i.scaling, dropout_p=dropout_p)
 
 
 def _backend(name: str) -> Callable[[LinearInputs, float], Tensor]:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+_Device = torch.device  # a name of its own, because `torch` is a field of the classes below
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -34,7 +36,7 @@ class Environment:
     date: str
 
     @staticmethod
-    def current(device: torch.device) -> Environment:
+    def current(device: _Device) -> Environment:
         """Describe this machine, this installation and this moment."""
         cuda = device.type == "cuda"
         return Environment(

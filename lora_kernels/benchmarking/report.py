@@ -61,7 +61,7 @@ class Table:
         cells = [shape + f" {_ms(records.get(FROZEN)):>9} {_ms(records.get(UNFUSED)):>9}"]
         for name in self._fused:
             record = records.get(name)
-            cells.append(f"{_ms(record):>10}  {_speedup(record):<19} {_times(record and record.cost):>8}")
+            cells.append(f"{_ms(record):>10}  {_speedup(record):<19} {_times(record.cost if record else None):>8}")
         cells.append(_saved(records, self._fused))
         refused = [f"    {r.provider} {r.status}" for r in records.values() if r.refused]
         return "\n".join([" ".join(cells), *refused])

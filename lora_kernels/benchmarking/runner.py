@@ -12,7 +12,7 @@ from lora_kernels.benchmarking.gate import Gate, Verdict
 from lora_kernels.benchmarking.memory import saved_bytes
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED, LinearInputs, Provider
 from lora_kernels.benchmarking.records import Environment, Record
-from lora_kernels.benchmarking.timer import Samples, Summary, interleave
+from lora_kernels.benchmarking.timer import Samples, interleave
 
 
 def run_suite(
@@ -26,9 +26,7 @@ def run_suite(
     """The records of each case as soon as they exist, one per contender."""
     environment = Environment.current(device)
     for case in cases:
-        yield run_case(
-            case, providers, device=device, environment=environment, budget_s=budget_s, rounds=rounds
-        )
+        yield run_case(case, providers, device=device, environment=environment, budget_s=budget_s, rounds=rounds)
 
 
 def run_case(
@@ -115,9 +113,8 @@ def _record(
     saved: int | None,
     environment: Environment,
 ) -> Record:
-    if verdict is None:
-        status = f"unavailable: {reason}"
-    else:
+    status = f"unavailable: {reason}"
+    if verdict is not None:
         status = "ok" if verdict.passed else f"refused: {verdict.reason}"
     timed = name in samples.ms
     time = samples.time(name) if timed else None
@@ -131,17 +128,15 @@ def _record(
         median_ms=time.median if time else None,
         p10_ms=time.p10 if time else None,
         p90_ms=time.p90 if time else None,
-        **_spread("speedup", speedup),
-        **_spread("cost", cost),
+        speedup=speedup.median if speedup else None,
+        speedup_p10=speedup.p10 if speedup else None,
+        speedup_p90=speedup.p90 if speedup else None,
+        cost=cost.median if cost else None,
+        cost_p10=cost.p10 if cost else None,
+        cost_p90=cost.p90 if cost else None,
         worst_tensor=verdict.tensor if verdict else "",
         error=verdict.error if verdict else None,
         error_budget=verdict.budget if verdict else None,
         saved_bytes=saved,
         **dataclasses.asdict(environment),
     )
-
-
-def _spread(name: str, summary: Summary | None) -> dict[str, float | None]:
-    if summary is None:
-        return {name: None, f"{name}_p10": None, f"{name}_p90": None}
-    return {name: summary.median, f"{name}_p10": summary.p10, f"{name}_p90": summary.p90}

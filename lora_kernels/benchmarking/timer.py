@@ -123,9 +123,7 @@ def interleave(
             measure.call(contenders[name])
         measure.finish()
         elapsed = time.perf_counter() - start
-        rounds = planned_rounds(
-            elapsed, len(names), budget_s=budget_s, minimum=min_rounds, maximum=max_rounds
-        )
+        rounds = planned_rounds(elapsed, len(names), budget_s=budget_s, minimum=min_rounds, maximum=max_rounds)
     ms: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         order = round_order(names, index)

@@ -23,6 +23,7 @@ from tests.linear_cases import (
     assert_same_bits,
     assert_within_budget,
     laid_out,
+    pooled,
     with_layouts,
 )
 
@@ -30,18 +31,14 @@ ALL_DTYPES = {**DTYPES, "fp64": (torch.float64, torch.float64)}
 PLANS = {strategy: Plan("torch", strategy, "a test asks for it") for strategy in ("library", "upcast")}
 # Even, odd and prime, tall and wide, one, and a tail after each row block; M, N, K.
 SIZES = [(64, 48, 32), (37, 51, 45), (131, 7, 97), (3, 129, 1), (5, 1, 64), (1, 96, 80), (2, 3, 3)]
-POOL = 24
 RANKS = (1, 8, 16, 64, 256, 512)
 
 on_torch = partial(run_linear, backend="torch")
 
 
 def problems(size, dtype, *, r=8, **options) -> list[LinearInputs]:
-    """One problem of a size, or several where it is so small that the norm of its rounding errors is luck."""
-    m, n, k = size
     x, adapters = ALL_DTYPES[dtype]
-    count = 1 if min(m * n, m * k, n, r * k) >= 1000 else POOL
-    return [make_linear_inputs(m, n, k, r, dtype=x, adapter_dtype=adapters, seed=s, **options) for s in range(count)]
+    return pooled(make_linear_inputs, *size, r, dtype=x, adapter_dtype=adapters, **options)
 
 
 def run_under(plan: Plan, inputs: LinearInputs, needs=Needs(*[True] * 5)):  # noqa: B008 - a tuple

@@ -1,0 +1,230 @@
+"""The measuring tools themselves: interleaving, ratios, bytes, records, and a gate that turns wrong results away."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels.benchmarking import cases as suites
+from lora_kernels.benchmarking.cases import LinearCase
+from lora_kernels.benchmarking.gate import Gate
+from lora_kernels.benchmarking.memory import peak_bytes, saved_bytes
+from lora_kernels.benchmarking.providers import (
+    FROZEN_LINEAR,
+    PROVIDERS,
+    TORCH,
+    TRITON,
+    UNFUSED_CHAIN,
+    LinearInputs,
+    Provider,
+)
+from lora_kernels.benchmarking.records import Environment, Record, read_csv, write_csv, write_json
+from lora_kernels.benchmarking.report import Table, by_case, case_of, summarise
+from lora_kernels.benchmarking.runner import run_case
+from lora_kernels.benchmarking.timer import Samples, Summary, interleave, planned_rounds, round_order
+
+CPU = torch.device("cpu")
+SMALL = LinearCase("small", "none", 48, 40, 24, R=4)
+ENVIRONMENT = Environment.current(CPU)
+
+
+def test_every_round_calls_every_contender_once_in_a_rotating_order() -> None:
+    calls: list[str] = []
+    contenders = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    samples = interleave(contenders, device=CPU, rounds=6, warmup=0)
+    rounds = ["".join(calls[start : start + 3]) for start in range(0, 18, 3)]
+    assert rounds == ["abc", "bca", "cab", "cba", "acb", "bac"]
+    assert samples.rounds == 6
+    assert set(samples.ms) == set("abc")
+
+
+def test_over_two_turns_each_contender_follows_every_other() -> None:
+    orders = [round_order("abc", index) for index in range(6)]
+    followed = {(first, second) for order in orders for first, second in itertools.pairwise(order)}
+    assert len(followed) == 6
+
+
+def test_warmup_is_not_timed() -> None:
+    calls: list[int] = []
+    samples = interleave({"a": lambda: calls.append(1)}, device=CPU, rounds=2, warmup=3)
+    assert (len(calls), samples.rounds) == (5, 2)
+
+
+def test_times_go_to_their_own_contender() -> None:
+    def slow() -> None:
+        torch.ones(512, 512) @ torch.ones(512, 512)
+
+    samples = interleave({"fast": lambda: None, "slow": slow}, device=CPU, rounds=6)
+    assert samples.time("fast").median < samples.time("slow").median
+
+
+@pytest.mark.parametrize(("round_s", "wanted"), [(10.0, 6), (0.1, 12), (1e-6, 60), (0.0, 60)])
+def test_planned_rounds_fill_the_budget_with_whole_rotations(round_s: float, wanted: int) -> None:
+    assert planned_rounds(round_s, 3, budget_s=1.1, minimum=6, maximum=60) == wanted
+
+
+def test_no_contender_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one contender; got none"):
+        interleave({}, device=CPU)
+
+
+def test_ratios_are_paired_inside_a_round() -> None:
+    # The machine halves its speed after every round; each ratio is 2 all the same.
+    samples = Samples({"slow": (2.0, 4.0, 8.0, 16.0), "fast": (1.0, 2.0, 4.0, 8.0)})
+    assert samples.ratio("slow", "fast") == Summary(2.0, 2.0, 2.0)
+
+
+def test_summary_interpolates_percentiles() -> None:
+    summary = Summary.of([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert (summary.median, summary.p10, summary.p90) == (3.0, pytest.approx(1.4), pytest.approx(4.6))
+    assert Summary.of([7.0]) == Summary(7.0, 7.0, 7.0)
+
+
+def test_saved_bytes_equal_a_hand_count() -> None:
+    x = torch.randn(6, 8, requires_grad=True)
+    w = torch.randn(8, 10, requires_grad=True)
+
+    def forward() -> Tensor:
+        return (x @ w).sigmoid()
+
+    # The product saves x and w, which are alive anyway; sigmoid saves its output [6, 10] and nothing else.
+    assert saved_bytes(forward, beyond=(x, w)) == 6 * 10 * 4
+    assert saved_bytes(forward) == (6 * 10 + 6 * 8 + 8 * 10) * 4
+
+
+def test_saved_bytes_count_a_storage_once() -> None:
+    x = torch.randn(16, requires_grad=True)
+
+    def forward() -> Tensor:
+        middle = x.exp()  # saved by exp, by the square and, as a view, by the product
+        return (middle * middle.view(4, 4).view(16)).square()
+
+    assert saved_bytes(forward, beyond=(x,)) == 2 * 16 * 4
+
+
+def test_peak_bytes_equal_a_hand_count() -> None:
+    x = torch.zeros(1024, 256)
+
+    def three_alive_at_most() -> Tensor:
+        first = x.clone()
+        second = first.clone()
+        third = second.clone()
+        del first, second
+        return third.clone()
+
+    assert peak_bytes(three_alive_at_most, device=CPU) == 3 * 2**20
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("mode", suites.MODES)
+def test_gate_lets_right_providers_pass(adapter_dtype: str, dropout_p: float, mode: suites.Mode) -> None:
+    case = dataclasses.replace(SMALL, dtype="bfloat16", adapter_dtype=adapter_dtype, dropout_p=dropout_p, mode=mode)
+    gate = Gate(case, LinearInputs.of(case, CPU))
+    for provider in (FROZEN_LINEAR, UNFUSED_CHAIN, TORCH):
+        verdict = gate.check(provider)
+        assert verdict.passed, f"{provider.name}: {verdict.reason}"
+
+
+def _wrong_scaling(inputs: LinearInputs, dropout_p: float) -> Tensor:
+    return TORCH.forward(dataclasses.replace(inputs, scaling=inputs.scaling * 1.001), dropout_p)
+
+
+def _wrong_gradient(inputs: LinearInputs, dropout_p: float) -> Tensor:
+    y = TORCH.forward(inputs, dropout_p)
+    return y + (inputs.lora_B - inputs.lora_B.detach()).sum()  # adds exactly nothing, but not to the gradient
+
+
+def _not_a_number(inputs: LinearInputs, dropout_p: float) -> Tensor:
+    return TORCH.forward(inputs, dropout_p) * math.nan
+
+
+def _ignores_dropout(inputs: LinearInputs, dropout_p: float) -> Tensor:
+    return TORCH.forward(inputs, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("forward", "dropout_p", "tensor"),
+    [
+        (_wrong_scaling, 0.0, "y"),
+        (_wrong_gradient, 0.0, "d_lora_B"),
+        (_not_a_number, 0.0, "y"),
+        (_ignores_dropout, 0.1, "y"),
+    ],
+)
+def test_gate_refuses_a_wrong_provider_and_no_time_is_recorded(forward, dropout_p: float, tensor: str) -> None:
+    wrong = Provider("wrong", forward, seeded_mask=True)
+    case = dataclasses.replace(SMALL, dropout_p=dropout_p)
+    records = run_case(case, (UNFUSED_CHAIN, wrong), device=CPU, environment=ENVIRONMENT, rounds=2)
+    unfused, refused = records
+    assert unfused.timed
+    assert refused.refused
+    assert refused.worst_tensor == tensor
+    assert (refused.median_ms, refused.speedup, refused.rounds) == (None, None, 0)
+    row = Table(["unfused chain", "wrong"]).row(case, by_case(records)[case])
+    assert f"wrong refused: {tensor}: relative error" in row
+
+
+def test_triton_is_unavailable_without_a_gpu_and_says_why() -> None:
+    (record,) = run_case(SMALL, (TRITON,), device=CPU, environment=ENVIRONMENT, rounds=1)
+    assert record.status.startswith("unavailable: needs a GPU")
+    assert not record.timed
+    assert not record.refused
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return run_case(SMALL, PROVIDERS, device=CPU, environment=ENVIRONMENT, rounds=3)
+
+
+def test_records_survive_the_round_trip(records: list[Record], tmp_path: Path) -> None:
+    write_csv(records, tmp_path / "new" / "records.csv")
+    write_json(records, tmp_path / "new" / "records.json")
+    assert read_csv(tmp_path / "new" / "records.csv") == records
+    assert case_of(records[0]) == SMALL
+
+
+def test_records_hold_ratio_error_and_bytes(records: list[Record]) -> None:
+    by_provider = {record.provider: record for record in records}
+    assert by_provider["unfused chain"].speedup == 1
+    assert by_provider["frozen linear"].cost == 1
+    ours = by_provider["torch"]
+    assert ours.error is not None
+    assert ours.error_budget is not None
+    assert ours.error <= ours.error_budget
+    assert ours.saved_bytes == SMALL.M * SMALL.R * 4  # xa, and neither a mask nor anything of y's size
+
+
+def test_summary_is_over_long_training_cases_without_dropout(records: list[Record]) -> None:
+    template = next(record for record in records if record.provider == "torch")
+    assert summarise(records, "torch", "float32") is None  # 48 tokens are too few to count
+    long = [
+        dataclasses.replace(template, M=1024, name=name, speedup=speedup)
+        for name, speedup in (("a", 0.9), ("b", 1.1), ("c", 1.3))
+    ]
+    dropped = dataclasses.replace(template, M=1024, name="d", speedup=9.0, dropout_p=0.1)
+    summary = summarise([*long, dropped], "torch", "float32")
+    assert summary is not None
+    assert (summary.cases, summary.median, summary.slower) == (3, 1.1, ("a",))
+    assert "MISSED" in summary.line(1.2)
+    assert "met" in summary.line(1.05)
+
+
+@pytest.mark.parametrize("suite", [suites.cpu_suite(), suites.gpu_suite()])
+def test_suite_cases_are_distinct_and_selectable(suite: tuple[LinearCase, ...]) -> None:
+    assert len(set(suite)) == len(suite)
+    dropped = suites.select(suite, "bf16 p=0.1")
+    assert dropped
+    assert all(case.dropout_p == 0.1 and case.dtype == "bfloat16" for case in dropped)
+    assert suites.select(suite, "no such case") == ()
+
+
+def test_dtype_is_spelled_as_torch_does() -> None:
+    with pytest.raises(ValueError, match="must be a torch dtype's name such as 'bfloat16'; got 'bf16'"):
+        _ = dataclasses.replace(SMALL, dtype="bf16").torch_dtype

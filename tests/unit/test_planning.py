@@ -1,0 +1,227 @@
+"""The planner's rules, for machines that are here and machines that are not."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_kernels import UnsupportedError, explain_plan
+from lora_kernels.planning import Plan, Problem, make_plan
+from lora_kernels.planning.tiles import FAMILIES, WIDTHS, Tile, padded_rank, shipped_tiles
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "sm_199", "gfx90a"]
+WIDTH_DTYPES = {"16": (BF16, BF16), "mixed": (BF16, FP32), "32": (FP32, FP32)}
+
+
+def problem(m=4096, n=1024, k=512, r=16, *, width="16", arch="sm_90", **changes) -> Problem:
+    dtype, adapter_dtype = WIDTH_DTYPES[width]
+    options = {"dropout": False, "device_type": "cuda", "sm_count": 132, **changes}
+    return Problem(m, n, k, r, dtype, adapter_dtype, arch=arch, **options)
+
+
+def plan(backend="auto", triton_available=True, **options) -> Plan:
+    return make_plan(problem(**options), backend, triton_available=triton_available)
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16, FP64], ids=str)
+@pytest.mark.parametrize("m", [0, 1, 16, 4096])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_explain_plan_on_the_cpu(dtype, m, dropout_p):
+    told = explain_plan(m, 64, 64, 8, dtype=dtype, device="cpu", dropout_p=dropout_p)
+    assert told.backend == "torch"
+    assert told.strategy in (("library",) if dtype in (FP32, FP64) else ("library", "upcast"))
+    assert told.reason
+    assert isinstance(told, Plan)
+
+
+def test_explain_plan_takes_devices_and_adapter_dtypes():
+    for device in ("cpu", torch.device("cpu")):
+        assert explain_plan(8, 8, 8, 8, dtype=BF16, adapter_dtype=FP32, device=device).backend == "torch"
+    assert explain_plan(8, 8, 8, 8, dtype=FP32, device="cpu", dropout_p=0.5, training=False).backend == "torch"
+
+
+def test_plans_are_values():
+    told = plan("triton")
+    assert told == plan("triton")
+    assert hash(told) == hash(plan("triton"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        told.backend = "torch"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        told.tile("shrink").block_m = 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("m", [1, 4096])
+@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_explicit_backend_is_honoured(backend, m, dropout, width):
+    assert plan(backend, m=m, dropout=dropout, width=width).backend == backend
+
+
+OBSTACLES = {
+    "no triton": ({"triton_available": False}, "triton is not installed"),
+    "cpu": ({"device_type": "cpu", "arch": "cpu"}, "TRITON_INTERPRET=1"),
+    "old GPU": ({"arch": "sm_75"}, "sm_75 is older than sm_80"),
+    "other device": ({"device_type": "mps", "arch": "mps"}, "not on 'mps'"),
+    "interpreter on a GPU": ({"interpreted": True}, "interpreter runs on CPU tensors"),
+}
+
+
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_triton_that_cannot_serve_raises_and_auto_falls_back(case):
+    options, reason = OBSTACLES[case]
+    with pytest.raises(UnsupportedError, match=f"backend='triton' cannot serve.*{reason}.*backend='auto'"):
+        plan("triton", **options)
+    fallen = plan("auto", **options)
+    assert fallen.backend == "torch"
+    assert fallen.reason
+    assert plan("torch", **options).backend == "torch"
+    assert plan("reference", **options).backend == "reference"
+
+
+def test_fp64_is_for_torch_and_reference():
+    wide = dataclasses.replace(problem(), dtype=FP64, adapter_dtype=FP64, device_type="cpu", arch="cpu", interpreted=True)
+    with pytest.raises(UnsupportedError, match="fp64"):
+        make_plan(wide, "triton", triton_available=True)
+    assert make_plan(wide, "auto", triton_available=True).backend == "torch"
+    assert make_plan(wide, "torch", triton_available=True).strategy == "library"
+
+
+def test_auto_never_chooses_the_interpreter():
+    interpreted = {"device_type": "cpu", "arch": "cpu", "interpreted": True}
+    assert plan("auto", **interpreted).backend == "torch"
+    assert plan("triton", **interpreted).backend == "triton"
+    assert not plan("triton", **{**interpreted, "arch": "sm_90"}).use_tma
+
+
+@pytest.mark.parametrize(("m", "r", "dropout", "strategy"), [
+    (1, 16, False, "one_pass"),
+    (128, 16, False, "one_pass"),
+    (129, 16, False, "shrink_fused"),
+    (1, 512, False, "shrink_fused"),
+    (1, 16, True, "shrink_fused"),
+])  # fmt: skip
+def test_strategy(m, r, dropout, strategy):
+    assert plan("triton", m=m, r=r, dropout=dropout).strategy == strategy
+
+
+def test_auto_prefers_kernels_where_the_library_needs_passes_over_x():
+    assert plan(m=1).backend == "triton"
+    assert plan(dropout=True).backend == "triton"
+    assert plan(width="mixed").backend == "triton"
+    assert plan().backend == "torch"
+
+
+def test_precision_of_fp32_products():
+    assert plan("triton", width="32").precision == "ieee"
+    assert plan("triton", width="32", tf32=True).precision == "tf32"
+    # fp32 adapters are never multiplied in plain tf32, which would drop 13 of their 23 bits.
+    for tf32 in (True, False):
+        assert plan("triton", width="mixed", tf32=tf32).precision == "tf32x3"
+        for width in WIDTHS:
+            assert plan("triton", width=width, tf32=tf32, arch="gfx942").precision == "ieee"
+
+
+def test_descriptors_only_where_there_is_hardware_for_them():
+    with_tma = {arch for arch in ARCHITECTURES if plan("triton", arch=arch).use_tma}
+    assert with_tma == {"sm_90", "sm_100"}
+    assert not plan("triton", width="32").use_tma
+
+
+@pytest.mark.parametrize(("arch", "like"), [("sm_199", "sm_89"), ("gfx90a", "gfx942")])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_unknown_gpu_gets_its_vendors_smallest_tiles(arch, like, width):
+    assert plan("triton", arch=arch, width=width).tiles == plan("triton", arch=like, width=width).tiles
+
+
+@pytest.mark.parametrize("sm_count", [1, 8, 132, 10_000])
+@pytest.mark.parametrize("m", [1, 100, 65536])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (4096, 14336)])
+def test_splits(sm_count, m, n, k):
+    told = plan("triton", m=m, n=n, k=k, sm_count=sm_count)
+    for splits, steps in (
+        (told.shrink_splits, -(-k // told.tile("shrink").block_k)),
+        (told.row_splits, -(-m // told.tile("bwd_lora_b").block_m)),
+    ):
+        assert 1 <= splits <= min(steps, 64)
+    if sm_count == 1:
+        assert (told.shrink_splits, told.row_splits) == (1, 1)
+
+
+@pytest.mark.parametrize("rank", range(1, 513))
+def test_padded_rank(rank):
+    padded = padded_rank(rank)
+    assert is_power_of_two(padded)
+    assert padded >= max(rank, 16)
+    assert padded < 2 * rank or padded == 16
+
+
+def assert_well_formed(kernel: str, tile: Tile) -> None:
+    used = {
+        "gemm_expand": "mnkr", "gemm_expand_tma": "mnkr", "one_pass": "mnkr",
+        "shrink": "mkr", "bwd_lora_b": "mnr", "bwd_lora_a": "mkr",
+    }[kernel.removesuffix("_dropout")]  # fmt: skip
+    for letter in used:
+        block = getattr(tile, f"block_{letter}")
+        # 16: what a matrix unit multiplies; also a multiple of 8, as the mask's blocks of columns must be.
+        assert is_power_of_two(block) and block >= 16, (kernel, letter, tile)
+    assert tile.num_warps in (1, 2, 4, 8)
+    assert 1 <= tile.num_stages <= 5
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("m", [1, 17, 100, 8192])
+def test_every_rank_has_a_plan(arch, width, m):
+    for rank in range(1, 513):
+        for dropout in (False, True):
+            told = plan("triton", m=m, r=rank, dropout=dropout, width=width, arch=arch)
+            needed = {"shrink", "bwd_lora_a", "bwd_lora_b", "gemm_expand" + ("_dropout" if dropout else "")}
+            if told.strategy == "one_pass":
+                assert told.tile("one_pass").block_r >= rank  # one pass has no second look at x
+                needed.add("one_pass")
+            if told.use_tma:
+                needed.add("gemm_expand_tma" + ("_dropout" if dropout else ""))
+            assert needed <= set(dict(told.tiles))
+            for kernel, tile in told.tiles:
+                assert_well_formed(kernel, tile)
+    make_plan.cache_clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans_use_shipped_tiles_only(family):
+    # What the compile-only tests cover is what users get.
+    arch = {"blackwell": "sm_100", "hopper": "sm_90", "ampere": "sm_80", "ada": "sm_89", "cdna3": "gfx942"}[family]
+    shipped = {(entry.kernel, entry.width, entry.dropout, entry.tile) for entry in shipped_tiles(family)}
+    for width in WIDTHS:
+        for rank in (1, 3, 8, 16, 17, 40, 64, 100, 128, 200, 256, 300, 512):
+            for m in (1, 15, 16, 17, 64, 65, 128, 129, 4096, 1 << 20):
+                told = plan("triton", m=m, r=rank, width=width, arch=arch)
+                for kernel, tile in told.tiles:
+                    masked = kernel.endswith("_dropout")
+                    entry = (kernel.removesuffix("_dropout"), width, masked, tile)
+                    assert entry in shipped, entry
+    make_plan.cache_clear()
+
+
+PROGRAM = "import torch, lora_kernels; print(lora_kernels.explain_plan(8, 8, 8, 8, dtype=torch.float32, device='cpu').backend)"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("torch", "torch"), ("reference", "reference"), ("triton", "UnsupportedError"), ("fast", "ArgumentError")],
+)
+def test_environment_variable(value, expected):
+    environment = {**os.environ, "LORA_KERNELS_BACKEND": value, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert expected in done.stdout + done.stderr
+    if value == "fast":
+        assert "LORA_KERNELS_BACKEND must be one of auto, torch, triton, reference; got 'fast'" in done.stderr
