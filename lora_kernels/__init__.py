@@ -14,5 +14,6 @@ from lora_kernels.errors import (
 )
 from lora_kernels.functional import explain_plan as explain_plan, lora_linear as lora_linear
 from lora_kernels.nn import LoRALinear as LoRALinear
+from lora_kernels.planning import Plan as Plan
 
 __version__ = "0.1.0"

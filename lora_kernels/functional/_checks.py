@@ -18,6 +18,7 @@ from lora_kernels.planning.tiles import MAX_RANK
 
 HALF = (torch.float16, torch.bfloat16)
 COMPUTED = (torch.float32, *HALF)
+LAYER_DTYPES = (*COMPUTED, torch.float64)
 
 
 def check_backend(backend: object) -> None:
@@ -48,14 +49,14 @@ def check_dropout_p(p: object, name: str = "dropout_p") -> None:
 
 def check_scaling(scaling: object, name: str = "scaling") -> None:
     """A finite number."""
-    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not math.isfinite(scaling):
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not -math.inf < scaling < math.inf:
         raise ArgumentError(f"{name} must be a finite number, usually lora_alpha / r; got {scaling!r}.")
 
 
 def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
     """x's dtype is computed in; weight and bias share it; adapters share it or are fp32."""
     x = dtypes["x"]
-    computed = (*COMPUTED, torch.float64) if device_type == "cpu" else COMPUTED
+    computed = LAYER_DTYPES if device_type == "cpu" else COMPUTED
     if x not in computed:
         raise DtypeError(
             f"x must be {_names(computed)} on {device_type}; got {_name(x)}. Convert x, or run the layer under "
@@ -138,9 +139,7 @@ def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
             f"lora_A must be [R, K] = [R, {k}] to match weight {_shape(weight)}; got {_shape(lora_A)}.{hint}"
         )
     if not 1 <= r <= MAX_RANK:
-        hint = (
-            "Did you pass lora_A.T?" if lora_A.shape[1] <= MAX_RANK < r else "Use a smaller rank, or merge the adapter."
-        )
+        hint = "Use a rank of at least 1." if r < 1 else "Use a smaller rank, or merge the adapter."
         raise ShapeError(f"lora_A must be [R, K] with 1 <= R <= {MAX_RANK}; got {_shape(lora_A)}. {hint}")
     if lora_B.shape != (n, r):
         hint = " Did you pass lora_B.T?" if lora_B.shape == (r, n) else " Check that lora_A and lora_B belong together."
@@ -192,9 +191,11 @@ def seed_tensor(dropout_seed: Any, device: torch.device) -> Tensor:
         raise DtypeError(
             f"dropout_seed must be an int, a one-element int64 tensor or None; got {type(dropout_seed).__name__}."
         )
-    if not -(2**63) <= dropout_seed < 2**63:
+    if not -(2**63) <= dropout_seed < 2**64:
         raise ArgumentError(f"dropout_seed must fit in 64 bits; got {dropout_seed}. Use torch.seed() or a smaller int.")
-    return torch.full((1,), dropout_seed, dtype=torch.int64, device=device)
+    # torch's own seeds are unsigned: the upper half of their range is the negative half of int64, bit by bit.
+    signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
+    return torch.full((1,), signed, dtype=torch.int64, device=device)
 
 
 def _name(dtype: torch.dtype | None) -> str:

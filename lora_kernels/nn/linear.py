@@ -81,6 +81,7 @@ class LoRALinear(nn.Linear):
     ) -> None:
         _checks.check_features("in_features", in_features)
         _checks.check_features("out_features", out_features)
+        adapter_dtype = _adapter_dtype(torch.get_default_dtype() if dtype is None else dtype, adapter_dtype)
         self._configure(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend)
         # nn.Linear's constructor calls reset_parameters, which here needs the adapters; so the parameters are made by
         # hand.
@@ -129,6 +130,7 @@ class LoRALinear(nn.Linear):
             ArgumentError: as for the class.
         """
         _check_plain(linear)
+        adapter_dtype = _adapter_dtype(linear.weight.dtype, adapter_dtype)
         layer = cls.__new__(cls)
         layer._configure(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend)
         nn.Module.__init__(layer)
@@ -154,15 +156,10 @@ class LoRALinear(nn.Linear):
         self.use_rslora, self.init_lora_weights = use_rslora, init
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
 
-    def _make_adapter(self, adapter_dtype: torch.dtype | None) -> None:
-        dtype, device = self.weight.dtype, self.weight.device
-        adapter_dtype = dtype if adapter_dtype is None else adapter_dtype
-        if adapter_dtype not in (dtype, torch.float32):
-            raise DtypeError(
-                f"adapter_dtype must be the layer's dtype, {dtype}, or torch.float32; got {adapter_dtype}."
-            )
-        self.lora_A = nn.Parameter(torch.empty((self.r, self.in_features), device=device, dtype=adapter_dtype))
-        self.lora_B = nn.Parameter(torch.empty((self.out_features, self.r), device=device, dtype=adapter_dtype))
+    def _make_adapter(self, dtype: torch.dtype) -> None:
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty((self.r, self.in_features), device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty((self.out_features, self.r), device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Initialises weight and bias as nn.Linear does, and the adapter as `init_lora_weights` says."""
@@ -247,13 +244,22 @@ class LoRALinear(nn.Linear):
         )
 
 
+def _adapter_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> torch.dtype:
+    """The adapters' dtype in a layer of `dtype`, both checked."""
+    if dtype not in _checks.LAYER_DTYPES:
+        raise DtypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}. Choose one of them.")
+    if adapter_dtype not in (None, dtype, torch.float32):
+        raise DtypeError(f"adapter_dtype must be the layer's dtype, {dtype}, or torch.float32; got {adapter_dtype}.")
+    return dtype if adapter_dtype is None else adapter_dtype
+
+
 def _check_plain(linear: Any) -> None:
     """Refuses what only looks like a linear, such as a quantised layer with its packed weight."""
     weight = getattr(linear, "weight", None)
     found = "no weight tensor"
     if isinstance(weight, Tensor):
         found = f"weight {list(weight.shape)} {weight.dtype}"
-        plain = isinstance(linear, nn.Linear) and weight.is_floating_point()
+        plain = isinstance(linear, nn.Linear) and weight.dtype in _checks.LAYER_DTYPES
         if plain and weight.shape == (linear.out_features, linear.in_features):
             return
     raise DtypeError(

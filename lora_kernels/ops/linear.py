@@ -112,6 +112,7 @@ def _without_autocast(t: Tensor) -> AbstractContextManager[object]:
 
 
 @torch.library.impl(_LIBRARY, "linear_forward", "CompositeExplicitAutograd")
+@torch.no_grad()  # an exported program calls the op without the autograd.Function around it
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -147,6 +148,7 @@ def _fake_forward(
 
 
 @torch.library.impl(_LIBRARY, "linear_backward", "CompositeExplicitAutograd")
+@torch.no_grad()
 def _backward(
     dy: Tensor,
     x: Tensor | None,
@@ -168,7 +170,8 @@ def _backward(
         gradients = linear_implementation(plan).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
         )
-    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    like = (dy, dy, lora_A, lora_B, dy)
+    return tuple(t.new_empty(0) if found is None else found for found, t in zip(gradients, like, strict=True))
 
 
 @torch.library.register_fake("lora_kernels::linear_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]

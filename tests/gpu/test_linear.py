@@ -182,14 +182,14 @@ def test_one_mask_in_forward_and_every_gradient(dtype, strategy):
 
 def test_the_same_seed_is_the_same_mask_on_every_device_and_backend():
     wide = make_linear_inputs(300, 40, 520, 8, dtype=torch.float32, dropout_p=0.5)
+    ones = {name: torch.ones_like(getattr(wide, name)) for name in ("x", "lora_A", "lora_B", "dy")}
+    wide = replace(wide, **ones, weight=torch.zeros_like(wide.weight))
     keep = keep_mask(torch.tensor([wide.dropout_seed]), 300, 520, 0.5)
-    base = wide.dy.double() @ wide.weight.double()
     for device, backends in (("cpu", ("torch", "reference")), (CUDA, ("torch", "triton", "reference", "auto"))):
         tensors = {name: getattr(wide, name).to(device) for name in (*PARAMETERS, "dy")}
         for backend in backends:
-            dx = run_linear(replace(wide, **tensors), backend)["d_x"].cpu().double()
-            # Dropped: the base GEMM alone, to its rounding; kept: a low-rank term of order one on top.
-            assert torch.equal((dx - base).abs() > 1e-3, keep), (device, backend)
+            dx = run_linear(replace(wide, **tensors), backend)["d_x"]
+            assert torch.equal(dx.cpu() != 0, keep), (device, backend)
 
 
 def test_nan_and_inf_propagate():

@@ -52,9 +52,7 @@ def python_keep(seed: int, row: int, column: int, p: float) -> bool:
 @pytest.mark.parametrize("case", KNOWN_ANSWERS)
 def test_known_answers(case):
     counter, key, expected = KNOWN_ANSWERS[case]
-    words = philox_4x32(
-        tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key)
-    )
+    words = philox_4x32(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
     assert [word.item() for word in words] == list(expected)
 
 
@@ -118,7 +116,9 @@ def test_each_of_the_eight_pieces_is_fair(lane):
     assert abs(kept - n * (1 - p)) <= 5 * math.sqrt(n * p * (1 - p))
 
 
-@pytest.mark.parametrize("other", ["row", "column", "word", "half", "seed", "high half of the seed", "sign of the seed"])
+@pytest.mark.parametrize(
+    "other", ["row", "column", "word", "half", "seed", "high half of the seed", "sign of the seed"]
+)
 def test_masks_are_pairwise_independent(other):
     n, p = 1 << 18, 0.5
     mask = keep_mask(seed_of(5), 513, 1024, p)

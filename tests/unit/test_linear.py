@@ -137,7 +137,9 @@ def test_x_that_no_view_flattens(shape):
     flat = replace(inputs, x=x.reshape(-1, 24), dy=inputs.dy.reshape(-1, 40))
     results = on_torch(inputs)
     assert results["d_x"].shape == truth["d_x"].shape == x.shape
-    assert_same_bits({k: v.reshape(-1) for k, v in results.items()}, {k: v.reshape(-1) for k, v in on_torch(flat).items()})
+    assert_same_bits(
+        {k: v.reshape(-1) for k, v in results.items()}, {k: v.reshape(-1) for k, v in on_torch(flat).items()}
+    )
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -150,7 +152,9 @@ def test_expanded_dy_of_a_sum(dtype, reduce):
     getattr(y, reduce)().backward()
     one = torch.ones((), dtype=x) / (y.numel() if reduce == "mean" else 1)
     expected = on_torch(replace(inputs, dy=one.to(x).expand(32, 64)))
-    assert_same_bits({f"d_{n}": leaf.grad for n, leaf in leaves.items()}, {n: expected[n] for n in expected if n != "y"})
+    assert_same_bits(
+        {f"d_{n}": leaf.grad for n, leaf in leaves.items()}, {n: expected[n] for n in expected if n != "y"}
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16-mixed"])
@@ -251,7 +255,9 @@ def test_a_zero_adapter_is_f_linear():
 
 def test_explicit_triton_on_the_cpu_is_refused_with_the_reason():
     i = make_linear_inputs(2, 3, 4, 1, dtype=torch.float32)
-    with pytest.raises(UnsupportedError, match=r"backend='triton'.*(CPU.*TRITON_INTERPRET|not installed).*backend='auto'"):
+    with pytest.raises(
+        UnsupportedError, match=r"backend='triton'.*(CPU.*TRITON_INTERPRET|not installed).*backend='auto'"
+    ):
         lora_linear(i.x, i.weight, i.lora_A, i.lora_B, backend="triton")
 
 
@@ -274,7 +280,13 @@ else:
 
 @pytest.mark.parametrize(
     ("backend", "expected"),
-    [("auto", "fused"), ("torch", "fused"), ("reference", "plain"), ("triton", "UnsupportedError"), ("x", "LORA_KERNELS")],
+    [
+        ("auto", "fused"),
+        ("torch", "fused"),
+        ("reference", "plain"),
+        ("triton", "UnsupportedError"),
+        ("x", "LORA_KERNELS"),
+    ],
 )
 def test_environment_decides_what_auto_means(backend, expected):
     environment = {**os.environ, "LORA_KERNELS_BACKEND": backend, "TRITON_INTERPRET": "0"}
@@ -294,16 +306,16 @@ dimension = st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 64, 65]))
     p=st.sampled_from([0.0, 0.1, 0.5, 0.99]),
     bias=st.booleans(),
     scaling=st.sampled_from([-2.0, 0.125, 1.0, 16.0]),
-    layouts=st.fixed_dictionaries({name: st.sampled_from(LAYOUTS) for name in ("x", "weight", "lora_A", "lora_B", "dy")}),
+    layouts=st.fixed_dictionaries(
+        {name: st.sampled_from(LAYOUTS) for name in ("x", "weight", "lora_A", "lora_B", "dy")}
+    ),
     strategy=st.sampled_from(["public", *PLANS]),
 )
 def test_budget_everywhere(size, r, dtype, p, bias, scaling, layouts, strategy):
     if dtype == "fp64" and strategy == "upcast":
         strategy = "library"  # fp64 has nothing to be cast up to; no plan asks for it
     run = on_torch if strategy == "public" else partial(run_under, PLANS[strategy])
-    several = [
-        with_layouts(i, **layouts) for i in problems(size, dtype, r=r, bias=bias, scaling=scaling, dropout_p=p)
-    ]
+    several = [with_layouts(i, **layouts) for i in problems(size, dtype, r=r, bias=bias, scaling=scaling, dropout_p=p)]
     assert_within_budget(several, run)
 
 

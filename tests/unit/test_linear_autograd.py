@@ -116,9 +116,7 @@ def test_nothing_else_of_token_size_is_made(dtype, strategy, p):
     with Allocations() as forward:
         y, xa = _linear_torch.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
     with Allocations() as backward:
-        dx, *_ = _linear_torch.backward(
-            i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, Needs(*[True] * 5), plan
-        )
+        dx, *_ = _linear_torch.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, Needs(*[True] * 5), plan)
     for trace, only in ((forward, y), (backward, dx)):
         large = {a: size for a, size in trace.fresh.items() if size >= of_token_size}
         assert large == {only.untyped_storage().data_ptr(): only.nbytes}
@@ -250,7 +248,7 @@ def test_torch_func_vmap(p):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_is_refused_and_not_silently_zero():
     i = make_linear_inputs(M, N, K, R, dtype=torch.float64)
-    with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
         torch.func.jvp(lambda x: lora_linear(x, i.weight, i.lora_A, i.lora_B), (i.x,), (i.x,))
 
 
@@ -321,8 +319,6 @@ def test_backward_outside_and_inside_autocast_agree():
 def test_it_is_the_same_function_on_every_backend(backend):
     i = make_linear_inputs(M, N, K, R, dtype=torch.float64, dropout_p=0.5)
     y = lora_linear(i.x, i.weight, i.lora_A, i.lora_B, i.bias, dropout_p=0.5, dropout_seed=8, backend=backend)
-    expected = reference.lora_linear(
-        i.x, i.weight, i.lora_A, i.lora_B, i.bias, dropout_p=0.5, seed=torch.tensor([8])
-    )
+    expected = reference.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, i.bias, dropout_p=0.5, seed=torch.tensor([8]))
     # Two orders of at most 64 roundings each.
     assert (y - expected).norm() <= 2 * 64 * 2**-53 * expected.norm() * 4

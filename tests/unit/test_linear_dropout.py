@@ -166,7 +166,7 @@ def test_p_zero_is_the_call_without_dropout(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_dropped_element_never_reaches_the_adapter(backend, value):
-    # x is bad exactly where the mask drops; the zero base weight would make NaN of it, so look at dA and the saved product.
+    # x is bad exactly where the mask drops. The base makes NaN of that; dA must not.
     keep = keep_mask(torch.tensor([2]), 16, 16, 0.5)
     x = torch.where(keep, 1.0, value)
     lora_A = torch.eye(16, requires_grad=True)

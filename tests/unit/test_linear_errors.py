@@ -1,4 +1,4 @@
-"""Everything `lora_linear` refuses: the class, the message (argument, rule, what came, what to do), and that it comes first."""
+"""Everything `lora_linear` refuses: the class, the whole message, and that it comes before any work."""
 
 import math
 
@@ -161,7 +161,9 @@ def test_not_floating_point(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_fp8_is_refused_wherever_it_stands(dtype, backend):
     everywhere = {name: value.to(dtype) for name, value in arguments().items()}
-    with pytest.raises(DtypeError, match=r"^x must be float32, float16, bfloat16 or float64 on cpu; got float8_.*Convert"):
+    with pytest.raises(
+        DtypeError, match=r"^x must be float32, float16, bfloat16 or float64 on cpu; got float8_.*Convert"
+    ):
         lora_linear(**everywhere, backend=backend)
     for name, value in everywhere.items():
         with pytest.raises(DtypeError, match=rf"{name}.* must .*got .*{str(dtype)[6:]}.*Convert"):

@@ -90,8 +90,8 @@ def test_outputs_are_fresh():
 def test_schemas():
     # The contract that exported programs hold: a change breaks them.
     assert str(linear_forward._schema) == (
-        "lora_kernels::linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
-        "float scaling, float dropout_p, str backend) -> (Tensor, Tensor)"
+        "lora_kernels::linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+        "Tensor? seed, float scaling, float dropout_p, str backend) -> (Tensor, Tensor)"
     )
     assert str(linear_backward._schema) == (
         "lora_kernels::linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? xa, "

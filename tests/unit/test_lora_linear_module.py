@@ -342,7 +342,15 @@ def test_loading_into_a_merged_layer_does_not_write_to_a_refused_state():
 
 def test_extra_repr():
     text = repr(trained(lora_dropout=0.1))
-    for part in (f"in_features={K}", f"out_features={N}", "bias=True", "r=4", "lora_alpha=8", "lora_dropout=0.1", "scaling=2"):
+    for part in (
+        f"in_features={K}",
+        f"out_features={N}",
+        "bias=True",
+        "r=4",
+        "lora_alpha=8",
+        "lora_dropout=0.1",
+        "scaling=2",
+    ):
         assert part in text
     assert "merged" not in text
     assert "adapter_dtype" not in text

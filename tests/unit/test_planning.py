@@ -88,7 +88,9 @@ def test_triton_that_cannot_serve_raises_and_auto_falls_back(case):
 
 
 def test_fp64_is_for_torch_and_reference():
-    wide = dataclasses.replace(problem(), dtype=FP64, adapter_dtype=FP64, device_type="cpu", arch="cpu", interpreted=True)
+    wide = dataclasses.replace(
+        problem(), dtype=FP64, adapter_dtype=FP64, device_type="cpu", arch="cpu", interpreted=True
+    )
     with pytest.raises(UnsupportedError, match="fp64"):
         make_plan(wide, "triton", triton_available=True)
     assert make_plan(wide, "auto", triton_available=True).backend == "torch"
@@ -172,7 +174,8 @@ def assert_well_formed(kernel: str, tile: Tile) -> None:
     for letter in used:
         block = getattr(tile, f"block_{letter}")
         # 16: what a matrix unit multiplies; also a multiple of 8, as the mask's blocks of columns must be.
-        assert is_power_of_two(block) and block >= 16, (kernel, letter, tile)
+        assert is_power_of_two(block), (kernel, letter, tile)
+        assert block >= 16, (kernel, letter, tile)
     assert tile.num_warps in (1, 2, 4, 8)
     assert 1 <= tile.num_stages <= 5
 
@@ -212,7 +215,10 @@ def test_plans_use_shipped_tiles_only(family):
     make_plan.cache_clear()
 
 
-PROGRAM = "import torch, lora_kernels; print(lora_kernels.explain_plan(8, 8, 8, 8, dtype=torch.float32, device='cpu').backend)"
+PROGRAM = """
+import torch, lora_kernels
+print(lora_kernels.explain_plan(8, 8, 8, 8, dtype=torch.float32, device="cpu").backend)
+"""
 
 
 @pytest.mark.parametrize(
