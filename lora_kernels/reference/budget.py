@@ -43,6 +43,12 @@ class BudgetRow(NamedTuple):
         return self.error <= self.limit
 
 
+def error_limit(eager: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(eager's error, what an implementation is allowed): twice that, and never less than rounding truth may cost."""
+    eager_error = relative_error(eager, truth)
+    return eager_error, max(ERROR_FACTOR * eager_error, torch.finfo(eager.dtype).eps / 2)
+
+
 def budget_rows(
     actual: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mapping[str, Tensor]
 ) -> list[BudgetRow]:
@@ -63,8 +69,6 @@ def budget_rows(
     for name, exact in truth.items():
         if actual[name].dtype != eager[name].dtype:
             raise ValueError(f"{name} must have eager's dtype {eager[name].dtype}; got {actual[name].dtype}")
-        eager_error = relative_error(eager[name], exact)
-        floor = torch.finfo(actual[name].dtype).eps / 2
-        limit = max(ERROR_FACTOR * eager_error, floor)
+        eager_error, limit = error_limit(eager[name], exact)
         rows.append(BudgetRow(name, relative_error(actual[name], exact), eager_error, limit))
     return rows

@@ -136,7 +136,7 @@ def test_budget_of_every_familys_tiles(dtype, m, family):
 def test_splits_of_both_reductions(dtype, p):
     inputs = inputs_of((150, 24, 300), dtype, 8, dropout_p=p)
     plans = [plan_for(inputs, sm_count=count) for count in (1, 12, 1000)]
-    assert [(plan.shrink_splits, plan.row_splits) for plan in plans][0] == (1, 1)
+    assert (plans[0].shrink_splits, plans[0].row_splits) == (1, 1)
     assert plans[-1].shrink_splits > 2 < plans[-1].row_splits
     for plan in plans[1:]:
         assert_within_budget(inputs, partial(run_under, plan))
@@ -318,7 +318,7 @@ def test_same_seed_same_mask_as_the_other_backends():
 
 
 def far(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """t with its last row or column 2^31 elements from its first, in an address range whose other pages are never made."""
+    """t with its last row or column 2^31 elements from its first; the pages between are addresses and never made."""
     strides = [1 << 6, 1 << 6]
     strides[dim] = (1 << 31) // (t.shape[dim] - 1) + (1 << 7)
     strides[1 - dim] = 1

@@ -1,6 +1,7 @@
 """The dropout masks' generator against the published vectors, and the masks against what they promise."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_p_is_monotone_and_nested():
     # A larger p drops a superset: the level, not the draw, depends on p.
     masks = [keep_mask(seed_of(9), 16, 64, p) for p in (0.0, 0.1, 0.4, 0.8, 1 - 1e-9)]
     assert masks[0].all()
-    for less, more in zip(masks, masks[1:], strict=False):
+    for less, more in pairwise(masks):
         assert not (more & ~less).any()
 
 

@@ -76,7 +76,7 @@ def test_budget_over_ranks(dtype, p, r):
     assert_within_budget(problems((50, 40, 72), dtype, r=r, dropout_p=p), on_torch)
 
 
-# More than one block of rows and a tail: 2^17 elements, or 512 rows. More than one of columns and a tail: 2^23 / K, or 256.
+# More than one block of rows and a tail: 2^17 elements, or 512 rows. More than one of columns, too: 2^23 / K, or 256.
 @pytest.mark.parametrize("size", [(1037, 24, 515), (18, 300, 32775), (18, 32775, 300)], ids=["rows", "N", "K"])
 @pytest.mark.parametrize("strategy", PLANS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
