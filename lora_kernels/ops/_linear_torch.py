@@ -19,14 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._keep_mask import keep_mask
 from lora_kernels.planning import Plan
-from lora_kernels.reference.philox import dropout_scale, keep_mask
+from lora_kernels.reference.philox import dropout_scale
 
-# Elements of one fp32 block: on a CPU it stays in a core's L2, on a GPU it must be large enough to fill the machine.
-BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
-# fp32 copy of the weight's rows that "upcast" holds at a time: 32 MiB.
+# Elements of one fp32 block, 4 MiB on a CPU: so large that a call is a few large GEMMs. Blocks of 2^17, which stay in
+# L2, made each step 64 rows and each small GEMM a barrier between threads: 3 to 5 times slower on two busy cores.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+# fp32 copy of the weight that "upcast" holds at a time: 32 MiB.
 WEIGHT_BLOCK_ELEMENTS = 1 << 23
-UPCAST_ROWS = 512
 
 
 class Needs(NamedTuple):
@@ -39,8 +41,8 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def _row_blocks(t: Tensor) -> Iterator[slice]:
-    rows, columns = t.shape
+def _row_blocks(t: Tensor, columns: int = 0) -> Iterator[slice]:
+    rows, columns = t.shape[0], max(t.shape[1], columns)
     step = max(16, BLOCK_ELEMENTS.get(t.device.type, BLOCK_ELEMENTS["cuda"]) // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -73,7 +75,7 @@ def forward(
     if blockwise:
         wide_A = lora_A.to(_compute_dtype(x))
         for rows in _row_blocks(x):
-            block = _dropped(x, rows, seed, dropout_p)
+            block = _wide(x[rows], _keep(x[rows], rows, seed, dropout_p))
             xa[rows] = torch.mm(block, wide_A.T).mul_(alpha)
     else:
         _scaled_mm(x, lora_A.T, alpha, xa)
@@ -97,31 +99,39 @@ def _bias_mm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def _keep(block: Tensor, rows: slice, seed: Tensor, dropout_p: float) -> Tensor:
-    return keep_mask(seed, block.shape[0], block.shape[1], dropout_p, first_row=rows.start)
+def _keep(block: Tensor, rows: slice, seed: Tensor | None, dropout_p: float) -> Tensor | None:
+    """The mask of a block of rows, as all-ones or all-zeros integers of the computing dtype's width."""
+    if seed is None:
+        return None
+    keep = keep_mask(seed, block.shape[0], block.shape[1], dropout_p, first_row=rows.start)
+    return keep.to(BITS[_compute_dtype(block)]).neg_()
 
 
-def _dropped(x: Tensor, rows: slice, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """mask * x for a block of rows, in at least fp32; the 1 / (1 - p) is in alpha."""
-    block = x[rows]
-    if seed is not None:
-        block = torch.where(_keep(block, rows, seed, dropout_p), block, 0)
-    return block.to(_compute_dtype(x))
+def _wide(block: Tensor, keep: Tensor | None) -> Tensor:
+    """mask * block in at least fp32, as a copy where there is a mask.
+
+    By the bits: a product would keep the NaN and Inf of dropped elements, and torch.where takes twice as long on a CPU.
+    """
+    compute = _compute_dtype(block)
+    if keep is None:
+        return block.to(compute)
+    wide = block.to(compute, copy=True, memory_format=torch.contiguous_format)
+    wide.view(keep.dtype).bitwise_and_(keep)
+    return wide
 
 
 def _upcast_gemm(
     lhs: Tensor, rhs: Tensor, s: Tensor | None, e: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
     """out = lhs rhs + s e + bias in fp32 over blocks of out, each rounded once; without s and e, out += lhs rhs."""
-    (m, k), n = lhs.shape, rhs.shape[1]
+    k, n = rhs.shape
     wide_s, wide_e = (None, None) if s is None or e is None else (s.float(), e.float())
     step_n = max(256, WEIGHT_BLOCK_ELEMENTS // k)
     for start_n in range(0, n, step_n):
         columns = slice(start_n, start_n + step_n)
         wide_rhs = rhs[:, columns].float()
         wide_bias = None if bias is None else bias[columns].float()
-        for start_m in range(0, m, UPCAST_ROWS):
-            rows = slice(start_m, start_m + UPCAST_ROWS)
+        for rows in _row_blocks(lhs, min(n, step_n)):
             if wide_s is None or wide_e is None:
                 block = out[rows, columns].float()
             else:
@@ -214,12 +224,13 @@ def _blockwise_lora_a(
     wide_A = lora_A.to(compute)
     d_lora_A = None if x is None else torch.zeros(lora_A.shape, dtype=compute, device=x.device)
     for rows in _row_blocks(shaped):
-        keep = None if seed is None else _keep(shaped[rows], rows, seed, dropout_p)
+        keep = _keep(shaped[rows], rows, seed, dropout_p)
         block_dyb = dyb[rows].to(compute)
         if x is not None and d_lora_A is not None:
-            block = x[rows] if keep is None else torch.where(keep, x[rows], 0)
-            d_lora_A.addmm_(block_dyb.T, block.to(compute))
+            d_lora_A.addmm_(block_dyb.T, _wide(x[rows], keep))
         if dx is not None:
             low_rank = torch.mm(block_dyb, wide_A)
-            dx[rows] = low_rank if keep is None else torch.where(keep, low_rank, 0)
+            if keep is not None:
+                low_rank.view(keep.dtype).bitwise_and_(keep)
+            dx[rows] = low_rank
     return None if d_lora_A is None else d_lora_A.to(lora_A.dtype)

@@ -31,6 +31,7 @@ ALL_DTYPES = {**DTYPES, "fp64": (torch.float64, torch.float64)}
 PLANS = {strategy: Plan("torch", strategy, "a test asks for it") for strategy in ("library", "upcast")}
 # Even, odd and prime, tall and wide, one, and a tail after each row block; M, N, K.
 SIZES = [(64, 48, 32), (37, 51, 45), (131, 7, 97), (3, 129, 1), (5, 1, 64), (1, 96, 80), (2, 3, 3)]
+BLOCK = _linear_torch.BLOCK_ELEMENTS["cpu"]
 RANKS = (1, 8, 16, 64, 256, 512)
 
 on_torch = partial(run_linear, backend="torch")
@@ -76,8 +77,10 @@ def test_budget_over_ranks(dtype, p, r):
     assert_within_budget(problems((50, 40, 72), dtype, r=r, dropout_p=p), on_torch)
 
 
-# More than one block of rows and a tail: 2^17 elements, or 512 rows. More than one of columns, too: 2^23 / K, or 256.
-@pytest.mark.parametrize("size", [(1037, 24, 515), (18, 300, 32775), (18, 32775, 300)], ids=["rows", "N", "K"])
+# More than one block of rows, and more than one of columns (2^23 / K, or 256), with a tail in each.
+@pytest.mark.parametrize(
+    "size", [(BLOCK // 515 + 77, 24, 515), (18, 300, 32775), (18, 32775, 300)], ids=["rows", "N", "K"]
+)
 @pytest.mark.parametrize("strategy", PLANS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
 def test_budget_across_blocks(dtype, strategy, size):
@@ -295,19 +298,21 @@ def test_environment_decides_what_auto_means(backend, expected):
     assert (done.returncode == 0) == (backend != "x")
 
 
-dimension = st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 64, 65]))
+# From 2, so that 50 problems have 100 roundings in every tensor, and without expanded rows, which repeat the same
+# roundings: both have tests of their own. Ones are among SIZES.
+dimension = st.one_of(st.integers(2, 9), st.sampled_from([16, 31, 64, 65]))
 
 
 @settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     size=st.tuples(dimension, dimension, dimension),
-    r=st.integers(1, 40),
+    r=st.integers(2, 40),
     dtype=st.sampled_from(sorted(ALL_DTYPES)),
-    p=st.sampled_from([0.0, 0.1, 0.5, 0.99]),
+    p=st.sampled_from([0.0, 0.1, 0.5, 0.75]),
     bias=st.booleans(),
     scaling=st.sampled_from([-2.0, 0.125, 1.0, 16.0]),
     layouts=st.fixed_dictionaries(
-        {name: st.sampled_from(LAYOUTS) for name in ("x", "weight", "lora_A", "lora_B", "dy")}
+        {name: st.sampled_from(LAYOUTS[:-1]) for name in ("x", "weight", "lora_A", "lora_B", "dy")}
     ),
     strategy=st.sampled_from(["public", *PLANS]),
 )

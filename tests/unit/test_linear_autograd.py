@@ -108,8 +108,9 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_nothing_else_of_token_size_is_made(dtype, strategy, p):
     x, adapters = DTYPES[dtype]
-    # M so large that blocks of 2^17 elements or 512 rows are far below one tensor of tokens.
-    m, n, k, r = 6000, 80, 72, 8
+    # M so large that one fp32 block is half of the smallest tensor of tokens.
+    n, k, r = 80, 72, 8
+    m = 4 * _linear_torch.BLOCK_ELEMENTS["cpu"] // k + 77
     i = make_linear_inputs(m, n, k, r, dtype=x, adapter_dtype=adapters, dropout_p=p)
     plan, rest = Plan("torch", strategy, "a test asks for it"), (torch.tensor([1]) if p else None, 2.0, p)
     of_token_size = m * k * 2

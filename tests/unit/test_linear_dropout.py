@@ -53,9 +53,10 @@ def test_forward_and_every_gradient_see_the_documented_mask(backend, dtype, size
 @pytest.mark.parametrize("strategy", ["library", "upcast"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
 def test_mask_across_blocks_of_rows_and_columns(dtype, strategy):
-    # dx [M, K] is made in blocks of 2^17 elements (library) or of 512 rows and 2^23 / N columns (upcast).
+    # dx [M, K] is made in several blocks of rows, and in two of columns under upcast.
     kind, adapters = DTYPES[dtype]
-    m, n, k, seed = 530, 16400, 530, torch.tensor([6])
+    n, k, seed = 8300, 1030, torch.tensor([6])
+    m = _linear_torch.BLOCK_ELEMENTS["cpu"] // k + 50
     plan = Plan("torch", strategy, "a test asks for it")
     dy = torch.zeros(m, n, dtype=kind)
     dy[:, 0] = 1
