@@ -35,10 +35,10 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int
     share = max(-(-rows // torch.get_num_threads()), COUNTERS_AT_A_TIME // groups, 1)
     shares = [(first_row + start, keep[start : start + share].numpy()) for start in range(0, rows, share)]
     if len(shares) == 1:
-        _fill(*shares[0], keys, threshold)
+        _fill(first_row, shares[0][1], keys, threshold)
     else:
         with ThreadPoolExecutor(len(shares)) as pool:
-            list(pool.map(lambda job: _fill(*job, keys, threshold), shares))
+            list(pool.map(lambda share: _fill(share[0], share[1], keys, threshold), shares))
     return keep[:, :columns]
 
 
