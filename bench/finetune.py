@@ -36,6 +36,7 @@ from tqdm import tqdm
 from bench import docstrings, plots
 from bench.providers import UnfusedLoRALinear
 from lora_kernels import LoRALinear
+from lora_kernels.benchmarking.load import ForeignLoad
 from lora_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from lora_kernels.benchmarking.records import Environment, device_slug
 from lora_kernels.benchmarking.report import mebibytes
@@ -83,6 +84,7 @@ class Outcome:
     trainable: int
     parameters: int
     asserted: bool
+    warning: str
 
     def strayed(self, arm: str) -> list[float]:
         """Relative distance of an arm's loss from the unfused arm's, step by step."""
@@ -346,7 +348,9 @@ def run(config: Config, out: Path) -> Outcome:
         f"{len(texts.held_out)} held out, {classes} labels ({', '.join(texts.labels)}), fingerprint {texts.digest}",
         flush=True,
     )
+    load = ForeignLoad()
     losses, times = train(arms, train_set, texts, config)
+    warning = load.warning()
     if len(losses[OURS]) < config.steps:
         print(f"stopped after {len(losses[OURS])} of {config.steps} steps: --seconds {config.seconds:g} are used up")
     outcome = Outcome(
@@ -362,6 +366,7 @@ def run(config: Config, out: Path) -> Outcome:
         trainable=sum(p.numel() for p in arms[OURS].trainable),
         parameters=sum(p.numel() for p in arms[OURS].model.parameters()),
         asserted=config.dropout == 0,
+        warning=warning or "",
     )
     write_csv(outcome, out / "finetune.csv")
     plots.finetune(outcome, out / "finetune.png")
@@ -404,7 +409,7 @@ def report(outcome: Outcome) -> list[str]:
             f"loss curves {verdict}: {found}; allowed {outcome.tolerance:.1e}, {TWIN_FACTOR:g} times what moving the "
             f"unfused layer's weights by one ulp does ({twin:.1e})"
         )
-    return lines
+    return [*lines, outcome.warning] if outcome.warning else lines
 
 
 def _spread(summary: Summary) -> str:
@@ -437,8 +442,8 @@ def configure(argv: Sequence[str] | None = None) -> tuple[Config, Path]:
     parser = argparse.ArgumentParser(prog="python -m bench.finetune", description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--model", help="folder or Hugging Face id of a BERT-family encoder (default: the demo model)")
-    parser.add_argument("--steps", type=int, default=400 if cuda else 60)
-    parser.add_argument("--seconds", type=float, default=130, help="stop training after this long")
+    parser.add_argument("--steps", type=int, default=400 if cuda else 50)
+    parser.add_argument("--seconds", type=float, default=125, help="stop training after this long")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens per text")
     parser.add_argument("--rank", type=int, default=16)

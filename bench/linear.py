@@ -16,6 +16,7 @@ from bench import plots
 from bench.providers import FROZEN, PROVIDERS, UNFUSED
 from lora_kernels.benchmarking import cases as suites
 from lora_kernels.benchmarking.cases import LinearCase
+from lora_kernels.benchmarking.load import ForeignLoad
 from lora_kernels.benchmarking.records import Environment, Record, device_slug, write_csv, write_json
 from lora_kernels.benchmarking.report import Table, by_case, summarise
 from lora_kernels.benchmarking.runner import run_suite
@@ -36,6 +37,7 @@ def run(cases: Sequence[LinearCase], device: torch.device, out: Path, *, budget_
     print("Medians of interleaved rounds; ratios are paired within a round, with their 10th-90th percentile.")
     table = Table([provider.name for provider in PROVIDERS if not _idle(provider.name, device)])
     records: list[Record] = []
+    load = ForeignLoad()
     with tqdm(total=len(cases), desc="linear", unit="case", leave=False, disable=None) as bar:
         for mode in suites.MODES:
             section = [case for case in cases if case.mode == mode]
@@ -46,6 +48,8 @@ def run(cases: Sequence[LinearCase], device: torch.device, out: Path, *, budget_
                 for case, by_provider in by_case(found).items():
                     bar.write(table.row(case, by_provider))
                 bar.update()
+    if warning := load.warning():
+        print(f"\n{warning}")
     write_csv(records, out / "linear.csv")
     write_json(records, out / "linear.json")
     plots.speedups(records, out / "linear_speedup.png")

@@ -178,17 +178,18 @@ def finetune(outcome: Outcome, path: Path) -> None:
         loss.plot(steps, outcome.losses[unfused], color=THEIRS, linewidth=4.5, alpha=0.45, label="unfused layer")
         loss.plot(steps, outcome.losses[ours], color=OURS, linewidth=1.3, label="lora_kernels")
         loss.set(ylabel="training loss", ylim=(0, None), title="Loss: same start, same batches")
-        loss.legend(loc="upper right")
+        # Above the panels: inside, every corner is a place where a curve may run.
+        above = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "ncols": 3, "fontsize": 8, "borderaxespad": 0.2}
+        loss.legend(**above)
         stray = panels["stray"]
-        for arm, colour, label in ((twin, CONTROL, "unfused, weights moved by 1 ulp"), (ours, OURS, "lora_kernels")):
+        for arm, colour, label in ((twin, CONTROL, "unfused, weights 1 ulp off"), (ours, OURS, "lora_kernels")):
             # Steps at which the curves coincide to the last bit have no place on a logarithmic axis.
             points = [(step, value) for step, value in zip(steps, outcome.strayed(arm), strict=True) if value > 0]
             stray.plot(*zip(*points, strict=True) if points else ((), ()), color=colour, linewidth=1.4, label=label)
         if outcome.asserted:
             stray.axhline(outcome.tolerance, color=INK, linewidth=0.9, linestyle="--", label="allowed")
-        stray.set(yscale="log", xlabel="step", title="Relative distance from the unfused layer's loss")
-        # Above the panel: inside, every corner is a place where a curve may run.
-        stray.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=3, fontsize=8, borderaxespad=0.2)
+        stray.set(yscale="log", xlabel="step", title="Relative distance from the unfused loss")
+        stray.legend(**above)
         stray.sharex(loss)
         spread = {arm: outcome.times.time(arm) for arm in (unfused, ours)}
         _pair(panels["step"], [spread[unfused].median, spread[ours].median], "Step time, ms", "{:.0f}")

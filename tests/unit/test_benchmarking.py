@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_kernels.benchmarking import cases as suites
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.gate import Gate
+from lora_kernels.benchmarking.load import ForeignLoad, contention
 from lora_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from lora_kernels.benchmarking.providers import (
     FROZEN_LINEAR,
@@ -228,3 +229,21 @@ def test_suite_cases_are_distinct_and_selectable(suite: tuple[LinearCase, ...]) 
 def test_dtype_is_spelled_as_torch_does() -> None:
     with pytest.raises(ValueError, match="must be a torch dtype's name such as 'bfloat16'; got 'bf16'"):
         _ = dataclasses.replace(SMALL, dtype="bf16").torch_dtype
+
+
+def test_a_busy_machine_is_told_apart_from_a_quiet_one() -> None:
+    assert contention(0.1, threads=2, cores=2) is None
+    assert contention(30.0, threads=2, cores=64) is None  # busy elsewhere, with room for us
+    warning = contention(1.3, threads=2, cores=2)
+    assert warning is not None
+    assert "kept 1.3 of 2 cores busy while 2 threads were timed" in warning
+
+
+def test_own_work_is_not_foreign_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_kernels.benchmarking.load._busy_seconds", lambda: None)
+    assert ForeignLoad().warning() is None  # no /proc/stat: nothing is known, nothing is said
+    clock = iter((100.0, 160.0))
+    own = iter((10.0, 70.0))
+    monkeypatch.setattr("lora_kernels.benchmarking.load._busy_seconds", lambda: next(clock))
+    monkeypatch.setattr("lora_kernels.benchmarking.load._own_seconds", lambda: next(own))
+    assert ForeignLoad().warning() is None  # all sixty seconds were ours
