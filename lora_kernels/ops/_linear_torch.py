@@ -19,14 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.ops._keep_mask import keep_mask
+from lora_kernels.ops._dropout import zero_dropped_
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import dropout_scale
 
 # Elements of one fp32 block, 4 MiB on a CPU: so large that a call is a few large GEMMs. Blocks of 2^17, which stay in
 # L2, made each step 64 rows and each small GEMM a barrier between threads: 3 to 5 times slower on two busy cores.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
-BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 # fp32 copy of the weight that "upcast" holds at a time: 32 MiB.
 WEIGHT_BLOCK_ELEMENTS = 1 << 23
 
@@ -75,7 +74,9 @@ def forward(
     if blockwise:
         wide_A = lora_A.to(_compute_dtype(x))
         for rows in _row_blocks(x):
-            block = _wide(x[rows], _keep(x[rows], rows, seed, dropout_p))
+            block = _wide(x[rows], copy=seed is not None)
+            if seed is not None:
+                zero_dropped_([block], seed, dropout_p, first_row=rows.start)
             xa[rows] = torch.mm(block, wide_A.T).mul_(alpha)
     else:
         _scaled_mm(x, lora_A.T, alpha, xa)
@@ -99,25 +100,9 @@ def _bias_mm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def _keep(block: Tensor, rows: slice, seed: Tensor | None, dropout_p: float) -> Tensor | None:
-    """The mask of a block of rows, as all-ones or all-zeros integers of the computing dtype's width."""
-    if seed is None:
-        return None
-    keep = keep_mask(seed, block.shape[0], block.shape[1], dropout_p, first_row=rows.start)
-    return keep.to(BITS[_compute_dtype(block)]).neg_()
-
-
-def _wide(block: Tensor, keep: Tensor | None) -> Tensor:
-    """mask * block in at least fp32, as a copy where there is a mask.
-
-    By the bits: a product would keep the NaN and Inf of dropped elements, and torch.where takes twice as long on a CPU.
-    """
-    compute = _compute_dtype(block)
-    if keep is None:
-        return block.to(compute)
-    wide = block.to(compute, copy=True, memory_format=torch.contiguous_format)
-    wide.view(keep.dtype).bitwise_and_(keep)
-    return wide
+def _wide(block: Tensor, *, copy: bool) -> Tensor:
+    """The block in at least fp32, contiguous; as a copy where it will be written to."""
+    return block.to(_compute_dtype(block), copy=copy, memory_format=torch.contiguous_format)
 
 
 def _upcast_gemm(
@@ -224,13 +209,14 @@ def _blockwise_lora_a(
     wide_A = lora_A.to(compute)
     d_lora_A = None if x is None else torch.zeros(lora_A.shape, dtype=compute, device=x.device)
     for rows in _row_blocks(shaped):
-        keep = _keep(shaped[rows], rows, seed, dropout_p)
         block_dyb = dyb[rows].to(compute)
-        if x is not None and d_lora_A is not None:
-            d_lora_A.addmm_(block_dyb.T, _wide(x[rows], keep))
-        if dx is not None:
-            low_rank = torch.mm(block_dyb, wide_A)
-            if keep is not None:
-                low_rank.view(keep.dtype).bitwise_and_(keep)
+        block_x = None if x is None else _wide(x[rows], copy=seed is not None)
+        low_rank = None if dx is None else torch.mm(block_dyb, wide_A)
+        if seed is not None:
+            masked = [block for block in (block_x, low_rank) if block is not None]
+            zero_dropped_(masked, seed, dropout_p, first_row=rows.start)
+        if block_x is not None and d_lora_A is not None:
+            d_lora_A.addmm_(block_dyb.T, block_x)
+        if dx is not None and low_rank is not None:
             dx[rows] = low_rank
     return None if d_lora_A is None else d_lora_A.to(lora_A.dtype)

@@ -115,9 +115,7 @@ def test_triton_kernels_lie_in_kernels_only():
 def test_kernel_files_keep_their_annotations():
     # Triton reads `BLOCK: tl.constexpr` from the annotation itself; as a string it is only mostly understood.
     deferred = {
-        name
-        for name, tree in sources()
-        if "triton.jit" in names(tree) and "__future__.annotations" in names(tree)
+        name for name, tree in sources() if "triton.jit" in names(tree) and "__future__.annotations" in names(tree)
     }
     assert deferred == set()
 

@@ -24,8 +24,7 @@ NAMES = {
 
 SIGNATURES = {
     "lora_linear": (
-        "(x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, "
-        "backend='auto')"
+        "(x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, backend='auto')"
     ),
     "explain_plan": ("(M, N, K, R, *, dtype, device, adapter_dtype=None, dropout_p=0.0, training=True)"),
     "LoRALinear": (
