@@ -22,7 +22,8 @@ unexport TRITON_INTERPRET
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-unit test-interpret test-compile lint format bench docs gpu clean distclean
+.PHONY: help setup test test-unit test-interpret test-compile lint format bench docs gpu gpu-check gpu-test gpu-bench \
+    clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -71,23 +72,34 @@ bench: $(DEMO) ## check, compare with the unfused chain, fine-tune a real model;
 docs: $(READY) ## run every example in README, docs and docstrings; follow every link
 	$(BIN)/python -m pytest tests/unit/test_docs.py
 
-# The output goes to the screen and to $(OUT). Every step runs; one failure fails the target. -W default: the versions
-# there are not the pinned ones, and a deprecation in them is no fault of a kernel.
-gpu: export PYTHONPATH := $(CURDIR)
-gpu: ## the check, the GPU tests and the benchmark with the python3 that is there, nothing installed
+# With the python3 that is there, nothing installed. What is printed also goes to $(OUT). Three targets, because a lent
+# GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes
+# where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
+# pinned ones, and a deprecation in them is no fault of a kernel.
+gpu gpu-check gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)
+
+gpu: ## the check, the tests and the benchmark that need a GPU
+	@failed=; for part in gpu-check gpu-test gpu-bench; do \
+	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# $(call logged,FILE,COMMAND): COMMAND's output on the screen and in $(OUT)/FILE, with COMMAND's exit status.
+logged = { $(2) 2>&1; echo $$? > "$(OUT)/.status"; } | tee "$(OUT)/$(1)"; read status < "$(OUT)/.status"; \
+	rm "$(OUT)/.status"; exit $$status
+
+gpu-check: ## every backend and strategy on this GPU against fp64
 	@mkdir -p "$(OUT)"
-	@failed=; \
-	step() { \
-	    name=$$1; shift; echo "$$*"; \
-	    { "$$@" 2>&1; echo $$? > "$(OUT)/.status"; } | tee "$(OUT)/$$name"; \
-	    read status < "$(OUT)/.status"; rm "$(OUT)/.status"; \
-	    test "$$status" = 0 || failed="$$failed $$name"; \
-	}; \
-	$(PYTHON) -m lora_kernels info --json > "$(OUT)/info.json" || failed=" info.json"; \
-	step check.txt $(PYTHON) -m lora_kernels check; \
-	step tests.txt $(PYTHON) -m pytest -W default tests/gpu; \
-	step bench.txt $(PYTHON) -m lora_kernels bench --out "$(OUT)/bench"; \
-	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	$(PYTHON) -m lora_kernels info --json > "$(OUT)/info.json"
+	@$(call logged,check.txt,$(PYTHON) -m lora_kernels check)
+
+gpu-test: ## tests/gpu
+	@mkdir -p "$(OUT)"
+	@$(call logged,tests.txt,$(PYTHON) -m pytest -W default \
+	    $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') tests/gpu)
+
+gpu-bench: ## frozen, unfused and fused on this GPU
+	@mkdir -p "$(OUT)"
+	@$(call logged,bench.txt,$(PYTHON) -m lora_kernels bench --out "$(OUT)/bench")
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .benchmarks

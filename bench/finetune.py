@@ -224,13 +224,13 @@ def adapt(encoder: nn.Module, wrap: Callable[[nn.Linear], nn.Module]) -> int:
 
 def make_arms(start: Classifier, config: Config) -> tuple[dict[str, Arm], int]:
     """Unfused, its twin, and ours, from one frozen encoder and head; and the number of adapted linears."""
-    kinds: dict[str, Any] = {UNFUSED: UnfusedLoRALinear, TWIN: UnfusedLoRALinear, OURS: LoRALinear}
+    kinds: dict[str, Any] = {UNFUSED: UnfusedLoRALinear, TWIN: UnfusedLoRALinear, OURS: LoRALinear.from_linear}
     models, count = {}, 0
     for name, kind in kinds.items():
         model = copy.deepcopy(start)
 
         def wrap(linear: nn.Linear, kind: Any = kind) -> nn.Module:
-            return kind.from_linear(
+            return kind(
                 linear,
                 r=config.rank,
                 lora_alpha=config.alpha,

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark run. Bars start at 1.0, where nothing is gained; whiskers are 10th to 90th percentile."""
+"""The pictures of a benchmark run besides the speed-ups: bytes kept for backward, and the fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,85 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.providers import FROZEN, UNFUSED
-from lora_kernels.benchmarking.cases import MODES, LinearCase
+from lora_kernels.benchmarking.plot import INK, STYLE, case_label, headline, provenance
 from lora_kernels.benchmarking.records import Record
 from lora_kernels.benchmarking.report import by_case
 
 if TYPE_CHECKING:
     from bench.finetune import Outcome
 
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 OURS, THEIRS, CONTROL = "#0f766e", "#b45309", "#9aa5b1"
-DTYPE_COLOURS = {"fp32": "#2563a8", "bf16": "#0f766e", "bf16+fp32": "#7c3aed", "fp16": "#b45309"}
-
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
-    "legend.frameon": False,
-}
-
-
-def speedups(records: Sequence[Record], path: Path) -> None:
-    """Time of the unfused chain over time of each fused backend: one column per backend, one panel per mode."""
-    timed = [r for r in records if r.speedup is not None and r.provider not in (FROZEN, UNFUSED)]
-    if not timed:
-        return
-    providers = list(dict.fromkeys(r.provider for r in timed))
-    modes = [mode for mode in reversed(MODES) if any(r.mode == mode for r in timed)]
-    heights = [len({r for r in timed if r.mode == mode and r.provider == providers[-1]}) for mode in modes]
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            len(modes),
-            len(providers),
-            squeeze=False,
-            sharex=True,
-            figsize=(3.2 + 4.6 * len(providers), 1.6 + 0.24 * sum(heights)),
-            gridspec_kw={"height_ratios": heights},
-            layout="constrained",
-        )
-        for row, mode in zip(grid, modes, strict=True):
-            for axes, provider in zip(row, providers, strict=True):
-                found = [r for r in timed if r.mode == mode and r.provider == provider]
-                _speedup_panel(axes, found, labels=provider == providers[0])
-                axes.set_title(f"{mode}, {provider} backend")
-        for axes in grid[-1]:
-            axes.set_xlabel("times as fast as the unfused chain")
-        used = dict.fromkeys(_case(r).dtypes for r in timed)
-        handles = [plt.Rectangle((0, 0), 1, 1, color=DTYPE_COLOURS.get(name, MUTED)) for name in used]
-        figure.legend(handles, used, loc="outside lower center", ncols=len(used))
-        _headline(figure, "LoRA linear against the unfused chain", _provenance(records[0]))
-        _save(figure, path)
-
-
-def _speedup_panel(axes: Axes, records: Sequence[Record], *, labels: bool) -> None:
-    for position, record in enumerate(records):
-        speedup, p10, p90 = record.speedup, record.speedup_p10, record.speedup_p90
-        assert speedup is not None and p10 is not None and p90 is not None  # only timed records come here
-        colour = DTYPE_COLOURS.get(_case(record).dtypes, MUTED)
-        axes.barh(position, speedup - 1, left=1, color=colour, height=0.68, alpha=0.9)
-        axes.plot((p10, p90), (position, position), color=INK, linewidth=1.1, solid_capstyle="butt")
-        text = axes.annotate(f"{speedup:.2f}", (max(p90, 1), position), (4, 0), textcoords="offset points")
-        text.set(va="center", fontsize=7.5, color=INK)
-    axes.axvline(1, color=INK, linewidth=1)
-    axes.margins(x=0.12, y=0.01)
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.set_yticks(range(len(records)), [_label(r) for r in records] if labels else [""] * len(records))
-    axes.set_ylim(len(records) - 0.4, -0.6)
 
 
 def saved_bytes(records: Sequence[Record], path: Path) -> None:
@@ -117,7 +46,7 @@ def saved_bytes(records: Sequence[Record], path: Path) -> None:
                 axes.barh(position + offset, size, height=0.36, color=colour)
                 text = axes.annotate(f"{size:.2f}", (size, position + offset), (4, 0), textcoords="offset points")
                 text.set(va="center", fontsize=7.5)
-        axes.set_yticks(range(len(shown)), [_label_of(case) for case, _ in shown])
+        axes.set_yticks(range(len(shown)), [case_label(case) for case, _ in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -125,36 +54,8 @@ def saved_bytes(records: Sequence[Record], path: Path) -> None:
         axes.set_xlabel("MiB kept for backward, beyond x and the parameters")
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (THEIRS, OURS)]
         figure.legend(handles, ("unfused chain", "lora_kernels"), loc="outside lower center", ncols=2)
-        _headline(figure, "Kept for backward by one LoRA linear", _provenance(records[0]))
+        headline(figure, "Kept for backward by one LoRA linear", provenance(records[0]))
         _save(figure, path)
-
-
-def _case(record: Record) -> LinearCase:
-    return next(iter(by_case([record])))
-
-
-def _label(record: Record) -> str:
-    return _label_of(_case(record))
-
-
-def _label_of(case: LinearCase) -> str:
-    dropout = f", p={case.dropout_p:g}" if case.dropout_p else ""
-    tokens = f", M={case.M}" if case.M < 1024 else ""
-    return f"{case.name}  [{case.N}x{case.K}]  {case.dtypes}{dropout}{tokens}"
-
-
-def _headline(figure: Figure, title: str, note: str) -> None:
-    """Title and, in small print under it, where the numbers come from; both left-aligned above the panels."""
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, y=1.0, ha="left", va="bottom")
-    figure.text(0.01, 0.995, note, fontsize=8, color=MUTED, ha="left", va="top")
-    engine = figure.get_layout_engine()
-    assert engine is not None  # every figure here asks for the constrained layout
-    engine.set(rect=(0, 0, 1, 1 - 0.3 / figure.get_size_inches()[1]))
-
-
-def _provenance(record: Record) -> str:
-    threads = "" if record.driver else f", {record.threads} threads"
-    return f"{record.device}{threads}, torch {record.torch}, r = {record.R}, commit {record.commit or 'unknown'}"
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -204,7 +105,7 @@ def finetune(outcome: Outcome, path: Path) -> None:
         environment = outcome.environment
         threads = "" if environment.driver else f", {environment.threads} threads"
         note = f"{outcome.title}; {environment.device}{threads}, torch {environment.torch}"
-        _headline(figure, "Fine-tuning with LoRA: unfused layer and lora_kernels", note)
+        headline(figure, "Fine-tuning with LoRA: unfused layer and lora_kernels", note)
         _save(figure, path)
 
 

@@ -24,51 +24,19 @@ class UnfusedLoRALinear(nn.Module):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt(base, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, adapter_dtype=adapter_dtype)
-
-    @classmethod
-    def from_linear(
-        cls,
         linear: nn.Linear,
-        *,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> UnfusedLoRALinear:
-        """Wrap a linear; weight and bias are shared with it."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._adopt(linear, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, adapter_dtype=adapter_dtype)
-        return layer
-
-    def _adopt(
-        self,
-        base: nn.Linear,
         *,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
-        adapter_dtype: torch.dtype | None,
+        adapter_dtype: torch.dtype,
     ) -> None:
-        self.weight = base.weight.requires_grad_(False)
-        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
-        dtype = adapter_dtype or base.weight.dtype
-        self.lora_A = nn.Parameter(base.weight.new_empty(r, base.in_features, dtype=dtype))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r, dtype=dtype))
+        """Wrap a linear; weight and bias are shared with it."""
+        super().__init__()
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features, dtype=adapter_dtype))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r, dtype=adapter_dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scaling = lora_alpha / r
         self.lora_dropout = lora_dropout

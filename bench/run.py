@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join([*linear.summary(records, device), "", *finetune.report(outcome)]))
     print(f"\n{time.perf_counter() - start:.0f} s; tables and plots in {out}:")
     print("\n".join(f"  {path.name}" for path in sorted(out.iterdir())))
-    return int(any(record.refused for record in records) or finetune.failed(outcome))
+    return int(any(record.fault for record in records) or finetune.failed(outcome))
 
 
 def _heading(title: str) -> None:

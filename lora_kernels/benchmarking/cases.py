@@ -62,12 +62,6 @@ class LinearCase:
         base, adapter = _SHORT.get(self.dtype, self.dtype), _SHORT.get(self.adapter_dtype, self.adapter_dtype)
         return base if base == adapter else f"{base}+{adapter}"
 
-    @property
-    def flops(self) -> int:
-        """Multiply-adds of base and adapter, counted twice; the frozen weight has no gradient."""
-        base, branch = 2 * self.M * self.N * self.K, 2 * self.M * self.R * (self.N + self.K)
-        return 2 * base + 3 * branch if self.backward else base + branch
-
 
 def _torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.benchmarking.cases import LinearCase
-from lora_kernels.benchmarking.providers import SEED, LinearInputs, Provider
+from lora_kernels.benchmarking.providers import SEED, CaseInputs, Provider
 from lora_kernels.reference.budget import error_limit, relative_error
 from lora_kernels.reference.linear import lora_linear as reference_linear
 
@@ -47,7 +47,7 @@ class Verdict:
 class Gate:
     """The truth and the budgets of one case, made once and applied to every contender."""
 
-    def __init__(self, case: LinearCase, inputs: LinearInputs) -> None:
+    def __init__(self, case: LinearCase, inputs: CaseInputs) -> None:
         self._case, self._inputs = case, inputs
         self._expected: dict[tuple[bool, float], tuple[dict[str, Tensor], dict[str, float]]] = {}
 
@@ -77,7 +77,7 @@ class Gate:
         return self._expected[key]
 
 
-def evaluate(provider: Provider, case: LinearCase, inputs: LinearInputs, dropout_p: float) -> dict[str, Tensor]:
+def evaluate(provider: Provider, case: LinearCase, inputs: CaseInputs, dropout_p: float) -> dict[str, Tensor]:
     """y and the gradients of one call, by name."""
     y = provider.forward(inputs, dropout_p)
     if not case.backward:
@@ -87,11 +87,11 @@ def evaluate(provider: Provider, case: LinearCase, inputs: LinearInputs, dropout
     return {"y": y.detach()} | {f"d_{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
 
-def _in_fp64(inputs: LinearInputs) -> LinearInputs:
+def _in_fp64(inputs: CaseInputs) -> CaseInputs:
     def wide(tensor: Tensor) -> Tensor:
         return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
-    return LinearInputs(
+    return CaseInputs(
         x=wide(inputs.x),
         weight=wide(inputs.weight),
         lora_A=wide(inputs.lora_A),
@@ -102,7 +102,7 @@ def _in_fp64(inputs: LinearInputs) -> LinearInputs:
     )
 
 
-def _reference(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _reference(inputs: CaseInputs, dropout_p: float) -> Tensor:
     seed = torch.tensor([SEED], dtype=torch.int64, device=inputs.x.device) if dropout_p else None
     return reference_linear(
         inputs.x,
@@ -116,5 +116,5 @@ def _reference(inputs: LinearInputs, dropout_p: float) -> Tensor:
     )
 
 
-def _base(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _base(inputs: CaseInputs, dropout_p: float) -> Tensor:
     return torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias)

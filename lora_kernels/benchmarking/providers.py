@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.benchmarking.cases import LinearCase
+from lora_kernels.config import INTERPRETED
 from lora_kernels.functional.linear import lora_linear
+from lora_kernels.planning.device import device_traits, triton_available
+from lora_kernels.planning.plan import obstacle_to_triton
 
 FROZEN = "frozen linear"
 UNFUSED = "unfused chain"
@@ -19,7 +21,7 @@ SEED = 20210617  # of the dropout masks, on every provider that takes a seed
 
 
 @dataclass(frozen=True)
-class LinearInputs:
+class CaseInputs:
     """Operands of one case, on one device."""
 
     x: Tensor
@@ -31,16 +33,16 @@ class LinearInputs:
     scaling: float
 
     @staticmethod
-    def of(case: LinearCase, device: torch.device, *, seed: int = 0) -> LinearInputs:
+    def of(case: LinearCase, device: torch.device) -> CaseInputs:
         """Standard-normal x and dy, weights scaled so that the base output and the LoRA output are both O(1)."""
-        generator = torch.Generator(device=device).manual_seed(seed)
+        generator = torch.Generator(device=device).manual_seed(0)
 
         def normal(rows: int, columns: int, std: float, dtype: torch.dtype, *, leaf: bool = False) -> Tensor:
             values = torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
             return values.mul_(std).to(dtype).requires_grad_(leaf and case.backward)
 
         base, adapter = case.torch_dtype, case.torch_adapter_dtype
-        return LinearInputs(
+        return CaseInputs(
             x=normal(case.M, case.K, 1.0, base, leaf=True),
             weight=normal(case.N, case.K, case.K**-0.5, base),
             lora_A=normal(case.R, case.K, case.K**-0.5, adapter, leaf=True),
@@ -80,7 +82,7 @@ class Provider:
     """
 
     name: str
-    forward: Callable[[LinearInputs, float], Tensor]
+    forward: Callable[[CaseInputs, float], Tensor]
     has_lora: bool = True
     seeded_mask: bool = False
     why_not: Callable[[LinearCase, torch.device], str | None] = _always
@@ -109,17 +111,17 @@ def unfused_chain(
     return (result + branch).to(result.dtype)
 
 
-def _frozen(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _frozen(inputs: CaseInputs, dropout_p: float) -> Tensor:
     return F.linear(inputs.x, inputs.weight, inputs.bias)
 
 
-def _unfused(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _unfused(inputs: CaseInputs, dropout_p: float) -> Tensor:
     i = inputs
     return unfused_chain(i.x, i.weight, i.lora_A, i.lora_B, i.bias, scaling=i.scaling, dropout_p=dropout_p)
 
 
-def _backend(name: str) -> Callable[[LinearInputs, float], Tensor]:
-    def forward(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _backend(name: str) -> Callable[[CaseInputs, float], Tensor]:
+    def forward(inputs: CaseInputs, dropout_p: float) -> Tensor:
         return lora_linear(
             inputs.x,
             inputs.weight,
@@ -136,11 +138,12 @@ def _backend(name: str) -> Callable[[LinearInputs, float], Tensor]:
 
 
 def _no_triton(case: LinearCase, device: torch.device) -> str | None:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return "needs a GPU (the interpreter checks the kernels, it does not time them)"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+    arch = device_traits(device.type, device.index).arch
+    return obstacle_to_triton(
+        case.torch_dtype, arch, device.type, interpreted=INTERPRETED, triton_available=triton_available()
+    )
 
 
 FROZEN_LINEAR = Provider(FROZEN, _frozen, has_lora=False)

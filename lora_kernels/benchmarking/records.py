@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import datetime
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -15,7 +16,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -64,7 +64,7 @@ class Record:
 
     `speedup` is time(unfused chain) / time(this), `cost` is time(this) / time(frozen linear); both are medians of
     ratios paired inside a round, with their 10th and 90th percentile. Times are None where the gate refused the
-    contender (`status` says why) or where it cannot run.
+    contender, where it raised, or where it cannot run (`status` says why).
     """
 
     name: str
@@ -109,44 +109,32 @@ class Record:
         return self.median_ms is not None
 
     @property
-    def refused(self) -> bool:
-        """Whether the gate turned it away."""
-        return self.status.startswith("refused")
+    def fault(self) -> str:
+        """What went wrong: "refused" by the gate, "failed" with an exception, or nothing."""
+        kind = self.status.partition(":")[0]
+        return kind if kind in ("refused", "failed") else ""
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """Write the rows with a header; missing values are empty cells."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Record)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(record) for record in records)
-
-
-def read_csv(path: Path) -> list[Record]:
-    """The inverse of `write_csv`."""
-    readers = {field.name: _READERS[str(field.type)] for field in dataclasses.fields(Record)}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [{name: readers[name](cell) for name, cell in row.items()} for row in csv.DictReader(file)]
-    return [Record(**row) for row in rows]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Record)])
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(record) for record in records)
+    _replace(path, text.getvalue())
 
 
 def write_json(records: Sequence[Record], path: Path) -> None:
     """Write the rows as a list of objects."""
+    _replace(path, json.dumps([dataclasses.asdict(record) for record in records], indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """In one step, because a suite rewrites its files after each case and may be interrupted at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [dataclasses.asdict(record) for record in records]
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-# Keyed by the annotations of Record, which are strings here (postponed evaluation).
-_READERS: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": lambda cell: cell == "True",
-    "int | None": lambda cell: int(cell) if cell else None,
-    "float | None": lambda cell: float(cell) if cell else None,
-}
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(text.encode())
+    part.replace(path)
 
 
 def device_slug(device: torch.device) -> str:

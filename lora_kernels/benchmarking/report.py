@@ -56,20 +56,20 @@ class Table:
         return f"{title}\n{'-' * len(title)}"
 
     def row(self, case: LinearCase, records: Mapping[str, Record]) -> str:
-        """One case; below it, a line for each contender that the gate refused."""
+        """One case; below it, a line for each contender that the gate refused or that raised."""
         shape = f"{case.name:<20} {case.M:>5} {case.N:>5} {case.K:>5}  {case.dtypes:<9} {case.dropout_p:>3g} "
         cells = [shape + f" {_ms(records.get(FROZEN)):>9} {_ms(records.get(UNFUSED)):>9}"]
         for name in self._fused:
             record = records.get(name)
             cells.append(f"{_ms(record):>10}  {_speedup(record):<19} {_times(record.cost if record else None):>8}")
         cells.append(_saved(records, self._fused))
-        refused = [f"    {r.provider} {r.status}" for r in records.values() if r.refused]
-        return "\n".join([" ".join(cells), *refused])
+        faults = [f"    {r.provider} {r.status}" for r in records.values() if r.fault]
+        return "\n".join([" ".join(cells), *faults])
 
 
 def _ms(record: Record | None) -> str:
     if record is None or record.median_ms is None:
-        return "refused" if record is not None and record.refused else "-"
+        return (record.fault if record else "") or "-"
     return f"{record.median_ms:.3f}" if record.median_ms < 10 else f"{record.median_ms:.1f}"
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.gate import Gate, Verdict
 from lora_kernels.benchmarking.memory import saved_bytes
-from lora_kernels.benchmarking.providers import FROZEN, UNFUSED, LinearInputs, Provider
+from lora_kernels.benchmarking.providers import FROZEN, UNFUSED, CaseInputs, Provider
 from lora_kernels.benchmarking.records import Environment, Record
 from lora_kernels.benchmarking.timer import Samples, interleave
 
@@ -20,13 +22,12 @@ def run_suite(
     providers: Sequence[Provider],
     *,
     device: torch.device,
-    budget_s: float = 1.5,
-    rounds: int | None = None,
+    budget_s: float,
 ) -> Iterator[list[Record]]:
     """The records of each case as soon as they exist, one per contender."""
     environment = Environment.current(device)
     for case in cases:
-        yield run_case(case, providers, device=device, environment=environment, budget_s=budget_s, rounds=rounds)
+        yield run_case(case, providers, device=device, environment=environment, budget_s=budget_s)
 
 
 def run_case(
@@ -40,6 +41,9 @@ def run_case(
 ) -> list[Record]:
     """Check every contender against fp64, then time those that passed, interleaved.
 
+    A contender that raises, for want of memory or because it does not compile, is a record that says so; the others
+    go on.
+
     Args:
         case: what to compute.
         providers: contenders, in the order of the table.
@@ -48,48 +52,80 @@ def run_case(
         budget_s: seconds of timing for the case.
         rounds: exact number of timing rounds instead.
     """
-    inputs = LinearInputs.of(case, device)
-    reasons = {provider.name: provider.why_not(case, device) for provider in providers}
-    able = [provider for provider in providers if reasons[provider.name] is None]
-    verdicts, saved = _check(case, inputs, able)
-    fit = [provider for provider in able if verdicts[provider.name].passed]
+    found = {provider.name: _Found(f"unavailable: {provider.why_not(case, device)}") for provider in providers}
+    able = [provider for provider in providers if provider.why_not(case, device) is None]
     samples = Samples({})
-    if fit:
+    try:
+        inputs = CaseInputs.of(case, device)
+    except Exception as error:  # whatever it is, the other cases are still to be run
+        found |= {provider.name: _Found(_failed(error)) for provider in able}
+    else:
+        found |= _check(case, inputs, able)
+        fit = [provider for provider in able if found[provider.name].status == "ok"]
         calls = {provider.name: _call(provider, case, inputs) for provider in fit}
-        samples = interleave(calls, device=device, rounds=rounds, budget_s=budget_s)
-    return [
-        _record(
-            case,
-            provider.name,
-            reasons[provider.name],
-            verdicts.get(provider.name),
-            samples,
-            saved.get(provider.name),
-            environment,
-        )
-        for provider in providers
-    ]
+        samples, failures = _time(calls, device=device, rounds=rounds, budget_s=budget_s)
+        found |= {name: dataclasses.replace(found[name], status=status) for name, status in failures.items()}
+    return [_record(case, name, of_one, samples, environment) for name, of_one in found.items()]
 
 
-def _check(
-    case: LinearCase, inputs: LinearInputs, providers: Sequence[Provider]
-) -> tuple[dict[str, Verdict], dict[str, int]]:
+@dataclass(frozen=True)
+class _Found:
+    """What one contender's record says besides its times."""
+
+    status: str
+    verdict: Verdict | None = None
+    saved: int | None = None
+
+
+def _failed(error: Exception) -> str:
+    """One line for tables; the compiler's and the allocator's messages go on for pages."""
+    lines = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _check(case: LinearCase, inputs: CaseInputs, providers: Sequence[Provider]) -> dict[str, _Found]:
     """Verdicts, and bytes saved for backward beyond x and the parameters (backward cases only)."""
     gate = Gate(case, inputs)
-    verdicts = {provider.name: gate.check(provider) for provider in providers}
-    saved = {}
-    if case.backward:
-        for provider in providers:
-            forward = _forward(provider, case, inputs)
-            saved[provider.name] = saved_bytes(forward, beyond=inputs.alive)
-    return verdicts, saved
+    found = {}
+    for provider in providers:
+        verdict = None
+        try:
+            verdict = gate.check(provider)
+            saved = saved_bytes(_forward(provider, case, inputs), beyond=inputs.alive) if case.backward else None
+        except Exception as error:  # any fault of one contender is a row, not the end of the suite
+            found[provider.name] = _Found(_failed(error), verdict)
+        else:
+            status = "ok" if verdict.passed else f"refused: {verdict.reason}"
+            found[provider.name] = _Found(status, verdict, saved)
+    return found
 
 
-def _forward(provider: Provider, case: LinearCase, inputs: LinearInputs) -> Callable[[], torch.Tensor]:
+def _time(
+    calls: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int | None, budget_s: float
+) -> tuple[Samples, dict[str, str]]:
+    """Samples, and the failures of those that raised while they were timed; without them, the others start anew."""
+    failures: dict[str, str] = {}
+    while left := {name: call for name, call in calls.items() if name not in failures}:
+        running: list[str] = []
+        try:
+            contenders = {name: partial(_announced, name, call, running) for name, call in left.items()}
+            return interleave(contenders, device=device, rounds=rounds, budget_s=budget_s), failures
+        except Exception as error:  # as in _check
+            # Before the first call it is the clock that failed: its buffer is all contenders' loss.
+            failures |= dict.fromkeys(running[-1:] or left, _failed(error))
+    return Samples({}), failures
+
+
+def _announced(name: str, call: Callable[[], object], running: list[str]) -> object:
+    running[:] = [name]
+    return call()
+
+
+def _forward(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callable[[], torch.Tensor]:
     return lambda: provider.forward(inputs, case.dropout_p)
 
 
-def _call(provider: Provider, case: LinearCase, inputs: LinearInputs) -> Callable[[], object]:
+def _call(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callable[[], object]:
     """What is timed: forward without a graph, or forward and the gradients of x, lora_A and lora_B."""
     forward = _forward(provider, case, inputs)
     leaves = tuple(inputs.leaves.values()) if provider.has_lora else (inputs.x,)
@@ -104,18 +140,8 @@ def _call(provider: Provider, case: LinearCase, inputs: LinearInputs) -> Callabl
     return with_gradients if case.backward else without_graph
 
 
-def _record(
-    case: LinearCase,
-    name: str,
-    reason: str | None,
-    verdict: Verdict | None,
-    samples: Samples,
-    saved: int | None,
-    environment: Environment,
-) -> Record:
-    status = f"unavailable: {reason}"
-    if verdict is not None:
-        status = "ok" if verdict.passed else f"refused: {verdict.reason}"
+def _record(case: LinearCase, name: str, found: _Found, samples: Samples, environment: Environment) -> Record:
+    verdict = found.verdict
     timed = name in samples.ms
     time = samples.time(name) if timed else None
     speedup = samples.ratio(UNFUSED, name) if timed and UNFUSED in samples.ms else None
@@ -123,7 +149,7 @@ def _record(
     return Record(
         **dataclasses.asdict(case),
         provider=name,
-        status=status,
+        status=found.status,
         rounds=samples.rounds if timed else 0,
         median_ms=time.median if time else None,
         p10_ms=time.p10 if time else None,
@@ -137,6 +163,6 @@ def _record(
         worst_tensor=verdict.tensor if verdict else "",
         error=verdict.error if verdict else None,
         error_budget=verdict.budget if verdict else None,
-        saved_bytes=saved,
+        saved_bytes=found.saved,
         **dataclasses.asdict(environment),
     )

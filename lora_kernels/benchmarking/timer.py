@@ -16,6 +16,7 @@ import torch
 
 # Larger than the last-level cache of any GPU on sale (H100 50 MB, B200 126 MB, MI300X 256 MB).
 L2_FLUSH_BYTES = 512 * 2**20
+MIN_ROUNDS, MAX_ROUNDS = 6, 60  # where a time budget decides
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,6 @@ def interleave(
     device: torch.device,
     rounds: int | None = None,
     budget_s: float = 1.5,
-    min_rounds: int = 6,
-    max_rounds: int = 60,
     warmup: int = 1,
 ) -> Samples:
     """Time several callables in one run, interleaved.
@@ -101,9 +100,7 @@ def interleave(
         device: where the work happens. On CUDA, times come from events around the call, after an L2 flush that also
             keeps the queue busy while the host prepares the launch; elsewhere from `time.perf_counter`.
         rounds: exact number of rounds; `None` takes as many as fit in `budget_s`.
-        budget_s: seconds to spend when `rounds` is None, bounded by `min_rounds` and `max_rounds`.
-        min_rounds: lower bound of the planned rounds.
-        max_rounds: upper bound of the planned rounds.
+        budget_s: seconds to spend when `rounds` is None, bounded by `MIN_ROUNDS` and `MAX_ROUNDS`.
         warmup: untimed rounds first (allocator, JIT, clocks).
 
     Returns:
@@ -123,7 +120,7 @@ def interleave(
             measure.call(contenders[name])
         measure.finish()
         elapsed = time.perf_counter() - start
-        rounds = planned_rounds(elapsed, len(names), budget_s=budget_s, minimum=min_rounds, maximum=max_rounds)
+        rounds = planned_rounds(elapsed, len(names), budget_s=budget_s, minimum=MIN_ROUNDS, maximum=MAX_ROUNDS)
     ms: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         order = round_order(names, index)

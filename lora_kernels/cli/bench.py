@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, prints the table while it grows, writes the files; 1 if the gate refused a contender."""
+    """Measures; the table and the files grow case by case. 1 if the gate refused a contender, or one raised."""
     from lora_kernels.benchmarking.cases import MODES
     from lora_kernels.benchmarking.plot import plot_speedups
     from lora_kernels.benchmarking.providers import PROVIDERS
@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\n{mode}\n{table.header}")
         for found in run_suite(section, able, device=device, budget_s=arguments.budget):
             records += found
+            write_csv(records, arguments.out / "linear.csv")
+            write_json(records, arguments.out / "linear.json")
             for case, by_provider in by_case(found).items():
                 print(table.row(case, by_provider), flush=True)
     print()
@@ -80,11 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
             if found_summary:
                 print(found_summary.line())
 
-    write_csv(records, arguments.out / "linear.csv")
-    write_json(records, arguments.out / "linear.json")
     drawn = plot_speedups(records, arguments.out / "linear.png")
     print(f"written: {arguments.out}" + ("" if drawn else "; no plot, since matplotlib is not installed"))
-    return int(any(record.refused for record in records))
+    return int(any(record.fault for record in records))
 
 
 def select_cases(arguments: argparse.Namespace, device: torch.device) -> Sequence[LinearCase]:

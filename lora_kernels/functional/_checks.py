@@ -155,7 +155,8 @@ def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
 
 def check_servable(backend: str, x: Tensor) -> None:
     """An explicit triton backend can serve x's device and dtype; only "auto" may fall back."""
-    if backend != "triton":
+    # While compiling, the op's own plan is left to say so: device look-ups are nothing for Dynamo to trace.
+    if backend != "triton" or torch.compiler.is_compiling():
         return
     from lora_kernels.planning.device import device_traits, triton_available
     from lora_kernels.planning.plan import obstacle_to_triton
@@ -168,10 +169,10 @@ def check_servable(backend: str, x: Tensor) -> None:
         raise UnsupportedError(f"backend='triton' cannot serve this call: {obstacle}. Use backend='auto' to fall back.")
 
 
-def seed_tensor(dropout_seed: Any, device: torch.device) -> Tensor:
-    """[1] int64 on `device`: what was passed, or a draw from torch's generator, which manual_seed governs."""
+def check_seed(dropout_seed: Any, device: torch.device) -> None:
+    """None, an int of 64 bits, or a one-element int64 tensor on `device`."""
     if dropout_seed is None:
-        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+        return
     if isinstance(dropout_seed, Tensor):
         if dropout_seed.dtype != torch.int64:
             raise DtypeError(
@@ -186,13 +187,21 @@ def seed_tensor(dropout_seed: Any, device: torch.device) -> Tensor:
                 f"dropout_seed must be on x's device, {device}; got {dropout_seed.device}. "
                 f"Draw it with device={str(device)!r}."
             )
-        return dropout_seed.reshape(1)
+        return
     if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
         raise DtypeError(
             f"dropout_seed must be an int, a one-element int64 tensor or None; got {type(dropout_seed).__name__}."
         )
     if not -(2**63) <= dropout_seed < 2**64:
         raise ArgumentError(f"dropout_seed must fit in 64 bits; got {dropout_seed}. Use torch.seed() or a smaller int.")
+
+
+def seed_tensor(dropout_seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """[1] int64 on `device`: what was passed, or a draw from torch's generator, which manual_seed governs."""
+    if dropout_seed is None:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    if isinstance(dropout_seed, Tensor):
+        return dropout_seed.reshape(1)
     # torch's own seeds are unsigned: the upper half of their range is the negative half of int64, bit by bit.
     signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
     return torch.full((1,), signed, dtype=torch.int64, device=device)

@@ -145,7 +145,8 @@ def lora_linear(
         The same call gives the same bits: reductions run in fixed order, without floating-point atomics.
 
     Saved for backward:
-        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask, no copy of x.
+        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask; no copy of x unless
+        its leading dims cannot be flattened as a view.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. (3); dropout on the adapter's
@@ -164,6 +165,7 @@ def lora_linear(
     _checks.check_dropout_p(dropout_p)
     _checks.check_scaling(scaling)
     _checks.check_linear(x, weight, lora_A, lora_B, bias)
+    _checks.check_seed(dropout_seed, x.device)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x, weight, lora_A, lora_B, bias = _autocast(

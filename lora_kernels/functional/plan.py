@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_kernels import config
-from lora_kernels.errors import ArgumentError
+from lora_kernels.errors import ArgumentError, DeviceError
 from lora_kernels.functional._checks import check_dropout_p, check_dtypes, check_rank
 from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
@@ -43,6 +43,8 @@ def explain_plan(
     Raises:
         ArgumentError: a size, the rank or dropout_p is out of range.
         DtypeError: a dtype the operation does not compute in.
+        DeviceError: the device is not there.
+        UnsupportedError: LORA_KERNELS_BACKEND names a backend that cannot serve the problem.
 
     Example:
         >>> import torch, lora_kernels
@@ -56,6 +58,8 @@ def explain_plan(
     check_dropout_p(dropout_p)
     adapter_dtype = dtype if adapter_dtype is None else adapter_dtype
     device = torch.device(device)
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise DeviceError(f"device must exist on this machine and hold data; got {str(device)!r}. Pass 'cpu'.")
     check_dtypes(device.type, x=dtype, weight=dtype, lora_A=adapter_dtype, lora_B=adapter_dtype)
     problem = problem_of(
         M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, dropout=training and dropout_p > 0, device=device

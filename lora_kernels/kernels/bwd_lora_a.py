@@ -16,7 +16,7 @@ from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def bwd_lora_a_kernel(
     x_ptr, dyb_ptr, seed_ptr, d_a_ptr,
     M, K, R, rows_per_split, threshold,

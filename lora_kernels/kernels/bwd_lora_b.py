@@ -20,7 +20,7 @@ from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
 def bwd_lora_b_kernel(
     dy_ptr, b_ptr, xa_ptr, dyb_ptr, d_b_ptr, d_bias_ptr,
     M, N, R, rows_per_split,

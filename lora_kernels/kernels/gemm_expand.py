@@ -20,7 +20,7 @@ from lora_kernels.kernels.device import expand_into, grouped_tile
 from lora_kernels.planning.tiles import Tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def gemm_expand_kernel(
     lhs_ptr, rhs_ptr, s_ptr, e_ptr, bias_ptr, seed_ptr, out_ptr,
     M, N, K, R, threshold,

@@ -19,7 +19,7 @@ from lora_kernels.planning.tiles import Tile
 ALIGNMENT_BYTES = 16
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def gemm_expand_tma_kernel(
     lhs_desc, rhs_desc, out_desc, s_ptr, e_ptr, bias_ptr, seed_ptr,
     M, N, K, R, threshold,
@@ -58,7 +58,7 @@ def tma_serves(*tensors: Tensor) -> bool:
     """Whether every [rows, columns] tensor can be described: unit column stride, aligned base and row stride."""
     return all(
         t.stride(1) == 1
-        and t.stride(0) > 0
+        and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % ALIGNMENT_BYTES == 0
         and t.data_ptr() % ALIGNMENT_BYTES == 0
         for t in tensors

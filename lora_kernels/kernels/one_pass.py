@@ -17,7 +17,7 @@ from lora_kernels.kernels.device import expand_dot, grouped_tile, keep_tile, low
 from lora_kernels.planning.tiles import Tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def one_pass_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, seed_ptr, y_ptr, xa_ptr,
     M, N, K, R, scale, threshold,

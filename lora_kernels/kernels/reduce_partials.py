@@ -16,7 +16,7 @@ from lora_kernels.kernels.device import kahan_add
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def reduce_partials_kernel(partials_ptr, out_ptr, splits, elements, scale, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements

@@ -17,7 +17,7 @@ from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def shrink_kernel(
     x_ptr, a_ptr, seed_ptr, out_ptr,
     M, K, R, k_per_split, scale, threshold,

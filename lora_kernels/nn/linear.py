@@ -162,7 +162,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.empty((self.out_features, self.r), device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Initialises weight and bias as nn.Linear does, and the adapter as `init_lora_weights` says."""
+        """Unmerges, then initialises weight and bias as nn.Linear does and the adapter as `init_lora_weights` says."""
+        self.unmerge()
         super().reset_parameters()
         self.reset_lora_parameters()
 
@@ -254,15 +255,18 @@ def _adapter_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> tor
 
 
 def _check_plain(linear: Any) -> None:
-    """Refuses what only looks like a linear, such as a quantised layer with its packed weight."""
-    weight = getattr(linear, "weight", None)
-    found = "no weight tensor"
-    if isinstance(weight, Tensor):
-        found = f"weight {list(weight.shape)} {weight.dtype}"
-        plain = isinstance(linear, nn.Linear) and weight.dtype in _checks.LAYER_DTYPES
-        if plain and weight.shape == (linear.out_features, linear.in_features):
+    """Refuses what only looks like a linear: packed or parametrized weights, layers that compute something else."""
+    hint = "Dequantise it, merge its adapter or remove its parametrization first, or adapt another layer."
+    found = type(linear).__name__
+    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
+        weight = linear._parameters.get("weight")
+        if weight is None:
+            found += " without a weight parameter"
+        elif weight.dtype in _checks.LAYER_DTYPES and weight.shape == (linear.out_features, linear.in_features):
             return
+        else:
+            found += f" with weight {list(weight.shape)} {weight.dtype}"
     raise DtypeError(
-        "linear must be an nn.Linear with a floating-point weight [out_features, in_features]; "
-        f"got {type(linear).__name__} with {found}. Dequantise it first, or adapt another layer."
+        "linear must be an nn.Linear with a floating-point weight parameter [out_features, in_features]; "
+        f"got {found}. {hint}"
     )

@@ -3,7 +3,7 @@
 Torch-only at import time; Triton is imported by the first call that a plan sends to it.
 """
 
-from lora_kernels.ops._linear_torch import Needs as Needs
+from lora_kernels.ops._needs import Needs as Needs
 from lora_kernels.ops.linear import (
     linear_backward as linear_backward,
     linear_forward as linear_forward,

@@ -38,9 +38,9 @@ def zero_dropped_(blocks: Sequence[Tensor], seed: Tensor, p: float, *, first_row
     rows, columns = blocks[0].shape
     bits = [block.view(BITS[block.dtype]) for block in blocks]
     if seed.device.type != "cpu":
-        keep = philox.keep_mask(seed, rows, columns, p, first_row=first_row).to(bits[0].dtype).neg_()
-        for block in bits:
-            block.bitwise_and_(keep)
+        mask = philox.keep_mask(seed, rows, columns, p, first_row=first_row).to(bits[0].dtype).neg_()
+        for tensor in bits:
+            tensor.bitwise_and_(mask)
         return
     arrays: list[npt.NDArray[Any]] = [block.numpy() for block in bits]
     threshold, keys = np.uint16(philox.dropout_threshold(p)), _round_keys(int(seed))

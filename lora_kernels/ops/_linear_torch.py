@@ -14,12 +14,12 @@ while they are in cache; nothing of x's or y's size is ever made in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.ops._dropout import zero_dropped_
+from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import dropout_scale
 
@@ -28,16 +28,6 @@ from lora_kernels.reference.philox import dropout_scale
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
 # fp32 copy of the weight that "upcast" holds at a time: 32 MiB.
 WEIGHT_BLOCK_ELEMENTS = 1 << 23
-
-
-class Needs(NamedTuple):
-    """Which gradients the caller asked for, in the order of the operation's arguments."""
-
-    x: bool
-    weight: bool
-    lora_A: bool
-    lora_B: bool
-    bias: bool
 
 
 def _row_blocks(t: Tensor, columns: int = 0) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma, tma_serves
 from lora_kernels.kernels.interpreter import is_interpreting, repaired
 from lora_kernels.kernels.one_pass import one_pass
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.ops._linear_torch import Needs
+from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold
 
@@ -50,7 +50,7 @@ def forward(
                 scale=scale, precision=plan.precision, tile=plan.tile("one_pass"),
             )  # fmt: skip
         xa = shrink(
-            x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.shrink_splits,
+            x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.xa_splits,
             precision=plan.precision, tile=plan.tile("shrink"),
         )  # fmt: skip
         return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan), xa
@@ -79,19 +79,19 @@ def backward(
         if one_read or needs.lora_B:
             from_dy = bwd_lora_b(
                 dy=dy, lora_B=lora_B, xa=xa if needs.lora_B else None, bias_dtype=dy.dtype if needs.bias else None,
-                needs_dyb=one_read, scale=scale, splits=plan.row_splits,
+                needs_dyb=one_read, scale=scale, splits=plan.d_lora_B_splits,
                 precision=plan.precision, tile=plan.tile("bwd_lora_b"),
             )  # fmt: skip
         dyb = from_dy.dyb
         if needs_dyb and dyb is None:
             dyb = shrink(
-                x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale, splits=plan.shrink_splits,
+                x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale, splits=plan.dyb_splits,
                 precision=plan.precision, tile=plan.tile("shrink"),
             )  # fmt: skip
         if needs.lora_A:
             assert x is not None and dyb is not None
             d_lora_A = bwd_lora_a(
-                x=x, dyb=dyb, seed=seed, threshold=threshold, splits=plan.row_splits,
+                x=x, dyb=dyb, seed=seed, threshold=threshold, splits=plan.d_lora_A_splits,
                 precision=plan.precision, tile=plan.tile("bwd_lora_a"),
             )  # fmt: skip
         if needs.x:

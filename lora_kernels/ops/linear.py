@@ -8,14 +8,15 @@ Gradients that are not needed come back as empty tensors: a schema has no option
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_kernels import config
+from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import _linear_torch
-from lora_kernels.ops._linear_torch import Needs
+from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan, Problem, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
 
@@ -42,7 +43,11 @@ def problem_of(
     device: torch.device,
 ) -> Problem:
     """The planner's view of one call on `device`."""
-    traits = device_traits(device.type, device.index)
+    # torch's stubs say int, but torch.device("cuda").index is None: the current device.
+    index: Any = device.index
+    if index is None and device.type == "cuda":
+        index = torch.cuda.current_device()
+    traits = device_traits(device.type, index)
     return Problem(
         m, n, k, r, dtype, adapter_dtype, dropout,
         arch=traits.arch,
@@ -101,7 +106,11 @@ def linear_implementation(plan: Plan) -> LinearImplementation:
         from lora_kernels.ops import _linear_triton
 
         return _linear_triton
-    return _linear_torch
+    if plan.backend == "torch":
+        return _linear_torch
+    raise UnsupportedError(
+        f"the registered op serves 'torch' and 'triton'; got {plan.backend!r}. Call lora_linear instead."
+    )
 
 
 def _without_autocast(t: Tensor) -> AbstractContextManager[object]:

@@ -13,20 +13,16 @@ from typing import Literal
 
 import torch
 
-from lora_kernels.errors import UnsupportedError
+from lora_kernels.errors import ArgumentError, UnsupportedError
 from lora_kernels.planning import tiles
 from lora_kernels.planning.tiles import Family, Tile, Width
 
 Backend = Literal["torch", "triton", "reference"]
 Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "eager"]
 
-DECODE_ROWS = 128
-"""Up to this M the weight's bytes are the cost, and a second launch costs more than repeating the low-rank product."""
 UPCAST_ROWS = 16
 """From this M on, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
-ROW_SPLITS_MAX = 64
-ONE_READ_RANK = 64
-"""One read of dy writes 4 M R bytes of shares for each column tile: past this rank, more than dy itself."""
+SPLITS_MAX = 64
 OLDEST_SM = 80
 
 
@@ -72,7 +68,7 @@ class Plan:
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
         use_tma: whether the large GEMMs may use tensor descriptors.
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
-        shrink_splits, row_splits: how many programs share a reduction over K, over M.
+        xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
         tiles: the tile of each kernel, by the kernel's name.
     """
 
@@ -82,8 +78,10 @@ class Plan:
     precision: str = "ieee"
     use_tma: bool = False
     dy_reads: int = 1
-    shrink_splits: int = 1
-    row_splits: int = 1
+    xa_splits: int = 1
+    dyb_splits: int = 1
+    d_lora_A_splits: int = 1  # noqa: N815 - the tensor's name
+    d_lora_B_splits: int = 1  # noqa: N815
     tiles: tuple[tuple[str, Tile], ...] = ()
 
     def tile(self, kernel: str) -> Tile:
@@ -132,7 +130,11 @@ def _torch_plan(problem: Problem, reason: str) -> Plan:
 
 
 def _is_decode(problem: Problem) -> bool:
-    return problem.M <= DECODE_ROWS and tiles.ONE_PASS_RANK[problem.width] >= problem.R and not problem.dropout
+    """Whether one_pass reads the weight once: one row of tiles, and columns enough to fill a third of the GPU."""
+    if tiles.ONE_PASS_RANK[problem.width] < problem.R or problem.dropout:
+        return False
+    tile = tiles.one_pass_tile(problem.family, problem.width, problem.M, problem.R)
+    return tile.block_m >= problem.M and 3 * _tiles(problem.N, tile.block_n) >= problem.sm_count
 
 
 def _triton_plan(problem: Problem, reason: str) -> Plan:
@@ -155,26 +157,38 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
         precision = "tf32x3"
     elif nvidia and problem.tf32:
         precision = "tf32"
-    row_tiles = -(-problem.M // table["shrink"].block_m)
-    column_tiles = -(-problem.N // table["bwd_lora_b"].block_n)
-    steps_m = -(-problem.M // table["bwd_lora_b"].block_m)
-    steps_k = -(-problem.K // table["shrink"].block_k)
+    n, k = problem.N, problem.K
+    shrink, lora_a, lora_b = table["shrink"], table["bwd_lora_a"], table["bwd_lora_b"]
+    shrink_tiles = _tiles(m, shrink.block_m) * _tiles(rank, shrink.block_r)
+    # Each column tile of dy writes M R fp32 shares of dyb: more than the dy that a second read would cost, and not one.
+    shares_outweigh_dy = 4 * rank > lora_b.block_n * problem.dtype.itemsize
+    one_read = rank <= lora_b.block_r and not shares_outweigh_dy
     return Plan(
         backend="triton",
         strategy="one_pass" if _is_decode(problem) else "shrink_fused",
         reason=reason,
         precision=precision,
-        dy_reads=1 if rank <= ONE_READ_RANK else 2,
+        dy_reads=1 if one_read else 2,
         use_tma="gemm_expand_tma" in table and not problem.interpreted,
-        shrink_splits=_splits(problem.sm_count, row_tiles, steps_k),
-        row_splits=_splits(problem.sm_count, column_tiles, steps_m),
+        xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
+        dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
+        d_lora_A_splits=_splits(
+            problem, _tiles(k, lora_a.block_k) * _tiles(rank, lora_a.block_r), _tiles(m, lora_a.block_m)
+        ),
+        d_lora_B_splits=_splits(
+            problem, _tiles(n, lora_b.block_n) * _tiles(rank, lora_b.block_r), _tiles(m, lora_b.block_m)
+        ),
         tiles=tuple(table.items()),
     )
 
 
-def _splits(sm_count: int, tiles_without: int, steps: int) -> int:
-    """How many ways to split a reduction so that about one program sits on every multiprocessor."""
-    return max(1, min(sm_count // max(tiles_without, 1), steps, ROW_SPLITS_MAX))
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _splits(problem: Problem, programs: int, steps: int) -> int:
+    """How many ways to split a reduction of `steps` so that about one program sits on every multiprocessor."""
+    return max(1, min(problem.sm_count // max(programs, 1), steps, SPLITS_MAX))
 
 
 @lru_cache(maxsize=4096)
@@ -188,6 +202,8 @@ def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan
     """
     if backend == "reference":
         return Plan("reference", "eager", "asked for by name")
+    if backend not in ("auto", "torch", "triton"):
+        raise ArgumentError(f"backend must be 'auto', 'torch', 'triton' or 'reference'; got {backend!r}.")
     obstacle = obstacle_to_triton(
         problem.dtype, problem.arch, problem.device_type,
         interpreted=problem.interpreted, triton_available=triton_available,
@@ -205,9 +221,7 @@ def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan
     if obstacle:
         return _torch_plan(problem, obstacle)
     if _is_decode(problem):
-        return _triton_plan(
-            problem, f"M <= {DECODE_ROWS}: the weight's bytes are the cost, so one launch reads them once"
-        )
+        return _triton_plan(problem, "few rows: the weight's bytes are the cost, and one launch reads them once")
     if problem.dropout:
         return _triton_plan(
             problem, "dropout: the mask is recomputed in registers; in library calls it would be passes over x"

@@ -21,7 +21,8 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     """||actual - truth|| / ||truth|| in fp64; a NaN or Inf that truth does not have is an infinite error."""
     if actual.shape != truth.shape:
         raise ValueError(f"actual must have truth's shape {list(truth.shape)}; got {list(actual.shape)}")
-    actual, truth = actual.detach().cpu().double(), truth.detach().cpu().double()
+    truth = truth.detach().double()
+    actual = actual.detach().to(truth.device, torch.float64)
     difference = (actual - truth).norm().item()
     if not math.isfinite(difference):
         return math.inf

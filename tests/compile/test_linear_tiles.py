@@ -93,7 +93,7 @@ def figures_of(shipped: ShippedTile, variant: Variant, target: str) -> Figures:
             signature[name] = "*fp32" if partial else "*" + (adapter if name in OF_ADAPTERS else dtype)
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or (signature[name] == "i32" and name not in ("threshold", "R")):
+        if name.endswith("_ptr") or (signature[name] == "i32" and name not in ("threshold", "M", "R")):
             aligned.add(name)
     return compile_only(kernel, signature, constexprs, target, tile.num_warps, tile.num_stages, aligned)
 

@@ -253,9 +253,7 @@ def bf16_arithmetic() -> None:
     same(arithmetic("sub", x, z), x - z)
     same(arithmetic("mul", x, z), x * z)
     same(arithmetic("div", x, z), x / z)
-    same(
-        arithmetic("neg", x, z)[x != 0], -x[x != 0]
-    )  # before 3.8 minus is 0 - x, and -(0.0) is 0.0: on a GPU too
+    same(arithmetic("neg", x, z)[x != 0], -x[x != 0])  # before 3.8 minus is 0 - x, and -(0.0) is 0.0: on a GPU too
     same(arithmetic("fma", x, z), (x.float() * z.float() + x.float()).bfloat16())
 
 

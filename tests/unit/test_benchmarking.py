@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -22,10 +24,10 @@ from lora_kernels.benchmarking.providers import (
     TORCH,
     TRITON,
     UNFUSED_CHAIN,
-    LinearInputs,
+    CaseInputs,
     Provider,
 )
-from lora_kernels.benchmarking.records import Environment, Record, read_csv, write_csv, write_json
+from lora_kernels.benchmarking.records import Environment, Record, write_csv, write_json
 from lora_kernels.benchmarking.report import Table, by_case, case_of, summarise
 from lora_kernels.benchmarking.runner import run_case
 from lora_kernels.benchmarking.timer import Samples, Summary, interleave, planned_rounds, round_order
@@ -127,26 +129,26 @@ def test_peak_bytes_equal_a_hand_count() -> None:
 @pytest.mark.parametrize("mode", suites.MODES)
 def test_gate_lets_right_providers_pass(adapter_dtype: str, dropout_p: float, mode: suites.Mode) -> None:
     case = dataclasses.replace(SMALL, dtype="bfloat16", adapter_dtype=adapter_dtype, dropout_p=dropout_p, mode=mode)
-    gate = Gate(case, LinearInputs.of(case, CPU))
+    gate = Gate(case, CaseInputs.of(case, CPU))
     for provider in (FROZEN_LINEAR, UNFUSED_CHAIN, TORCH):
         verdict = gate.check(provider)
         assert verdict.passed, f"{provider.name}: {verdict.reason}"
 
 
-def _wrong_scaling(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _wrong_scaling(inputs: CaseInputs, dropout_p: float) -> Tensor:
     return TORCH.forward(dataclasses.replace(inputs, scaling=inputs.scaling * 1.001), dropout_p)
 
 
-def _wrong_gradient(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _wrong_gradient(inputs: CaseInputs, dropout_p: float) -> Tensor:
     y = TORCH.forward(inputs, dropout_p)
     return y + (inputs.lora_B - inputs.lora_B.detach()).sum()  # adds exactly nothing, but not to the gradient
 
 
-def _not_a_number(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _not_a_number(inputs: CaseInputs, dropout_p: float) -> Tensor:
     return TORCH.forward(inputs, dropout_p) * math.nan
 
 
-def _ignores_dropout(inputs: LinearInputs, dropout_p: float) -> Tensor:
+def _ignores_dropout(inputs: CaseInputs, dropout_p: float) -> Tensor:
     return TORCH.forward(inputs, 0.0)
 
 
@@ -165,7 +167,7 @@ def test_gate_refuses_a_wrong_provider_and_no_time_is_recorded(forward, dropout_
     records = run_case(case, (UNFUSED_CHAIN, wrong), device=CPU, environment=ENVIRONMENT, rounds=2)
     unfused, refused = records
     assert unfused.timed
-    assert refused.refused
+    assert refused.fault == "refused"
     assert refused.worst_tensor == tensor
     assert (refused.median_ms, refused.speedup, refused.rounds) == (None, None, 0)
     row = Table(["unfused chain", "wrong"]).row(case, by_case(records)[case])
@@ -176,7 +178,46 @@ def test_triton_is_unavailable_without_a_gpu_and_says_why() -> None:
     (record,) = run_case(SMALL, (TRITON,), device=CPU, environment=ENVIRONMENT, rounds=1)
     assert record.status.startswith("unavailable: needs a GPU")
     assert not record.timed
-    assert not record.refused
+    assert not record.fault
+
+
+def _out_of_memory(inputs: CaseInputs, dropout_p: float) -> Tensor:
+    raise torch.OutOfMemoryError("tried to allocate 1 PiB\nand a long trace")
+
+
+def _without_graph_only(inputs: CaseInputs, dropout_p: float) -> Tensor:
+    """Passes the gate, which leaves autograd on, and fails when a forward is timed."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError("timed out of luck")
+    return TORCH.forward(inputs, dropout_p)
+
+
+@pytest.mark.parametrize(
+    ("forward", "status", "checked"),
+    [
+        (_out_of_memory, "failed: OutOfMemoryError: tried to allocate 1 PiB", False),
+        (_without_graph_only, "failed: RuntimeError: timed out of luck", True),
+    ],
+)
+def test_a_contender_that_raises_is_a_record_and_the_others_are_timed(forward, status: str, checked: bool) -> None:
+    case = dataclasses.replace(SMALL, mode="forward")
+    contenders = (UNFUSED_CHAIN, Provider("raises", forward), TORCH)
+    records = run_case(case, contenders, device=CPU, environment=ENVIRONMENT, rounds=2)
+    unfused, raised, ours = records
+    assert (raised.status, raised.fault, raised.timed) == (status, "failed", False)
+    assert (raised.error is not None) == checked
+    assert unfused.timed
+    assert ours.speedup is not None
+    assert f"raises {status}" in Table(["raises", "torch"]).row(case, by_case(records)[case])
+
+
+def test_operands_that_do_not_fit_fail_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(case: LinearCase, device: torch.device) -> CaseInputs:
+        raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+
+    monkeypatch.setattr(CaseInputs, "of", too_large)
+    records = run_case(SMALL, PROVIDERS, device=CPU, environment=ENVIRONMENT, rounds=1)
+    assert [record.fault for record in records] == ["failed", "failed", "failed", ""]  # the last one needs a GPU
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +228,12 @@ def records() -> list[Record]:
 def test_records_survive_the_round_trip(records: list[Record], tmp_path: Path) -> None:
     write_csv(records, tmp_path / "new" / "records.csv")
     write_json(records, tmp_path / "new" / "records.json")
-    assert read_csv(tmp_path / "new" / "records.csv") == records
+    rows = [dataclasses.asdict(record) for record in records]
+    with (tmp_path / "new" / "records.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert found == [{name: "" if cell is None else str(cell) for name, cell in row.items()} for row in rows]
+    assert json.loads((tmp_path / "new" / "records.json").read_text()) == rows
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["records.csv", "records.json"]
     assert case_of(records[0]) == SMALL
 
 

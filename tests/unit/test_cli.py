@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora_kernels
+from lora_kernels.benchmarking import runner
 from lora_kernels.cli import check, info, main
 from lora_kernels.config import INTERPRETED
 from lora_kernels.ops import _linear_torch
@@ -167,6 +168,36 @@ def test_bench_writes_its_files(tmp_path, capsys):
     assert json.loads((tmp_path / "linear.json").read_text())
     assert (tmp_path / "linear.png").stat().st_size > 1000
     assert "48x40x32" in capsys.readouterr().out
+
+
+def test_bench_goes_on_after_an_exception_and_ends_with_status_1(monkeypatch, tmp_path, capsys):
+    def refuse(y, xa):
+        raise RuntimeError("out of resource: shared memory\nand a long trace")
+
+    broken(monkeypatch, "forward", refuse)
+    assert main(["bench", "--shapes", "48x40x32", "--device", "cpu", "--budget", "0.01", "--out", str(tmp_path)]) == 1
+    rows = json.loads((tmp_path / "linear.json").read_text())
+    status = {(row["mode"], row["provider"]): row["status"] for row in rows}
+    for mode in ("forward", "forward+backward"):
+        assert status[mode, "unfused chain"] == "ok"
+        assert status[mode, "torch"] == "failed: RuntimeError: out of resource: shared memory"
+    assert "torch failed: RuntimeError" in capsys.readouterr().out
+
+
+def test_an_interrupted_bench_keeps_the_cases_it_has(monkeypatch, tmp_path):
+    measure, calls = runner.run_case, []
+
+    def stop(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args, **options)
+
+    monkeypatch.setattr(runner, "run_case", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "--shapes", "48x40x32", "--device", "cpu", "--budget", "0.01", "--out", str(tmp_path)])
+    modes = {row["mode"] for row in json.loads((tmp_path / "linear.json").read_text())}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize(

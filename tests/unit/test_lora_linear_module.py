@@ -480,3 +480,20 @@ def test_nn_transforms_take_it_for_a_linear():
     stateless = partial(torch.func.functional_call, model, state)
     x = torch.randn(2, K)
     assert torch.equal(stateless((x,)), model(x))
+
+
+def test_from_linear_refuses_what_it_would_break():
+    weight_norm = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 4))
+    for base in (LoRALinear(6, 4, r=2), weight_norm):
+        with pytest.raises(DtypeError, match=r"^linear must be an nn\.Linear with .*merge its adapter or remove"):
+            LoRALinear.from_linear(base)
+    assert all(p.requires_grad for p in weight_norm.parameters())
+
+
+def test_reset_parameters_of_a_merged_layer_resets_the_base():
+    layer = LoRALinear(6, 4, r=2, init_lora_weights=False)
+    before = layer.weight.clone()
+    layer.merge()
+    layer.reset_parameters()
+    assert not layer.merged
+    assert not torch.equal(layer.weight, before)

@@ -106,17 +106,31 @@ def test_auto_never_chooses_the_interpreter():
 
 @pytest.mark.parametrize(("m", "r", "dropout", "strategy"), [
     (1, 16, False, "one_pass"),
-    (128, 16, False, "one_pass"),
-    (129, 16, False, "shrink_fused"),
+    (64, 16, False, "one_pass"),
+    (65, 16, False, "shrink_fused"),
     (1, 512, False, "shrink_fused"),
     (1, 16, True, "shrink_fused"),
 ])  # fmt: skip
 def test_strategy(m, r, dropout, strategy):
-    assert plan("triton", m=m, r=r, dropout=dropout).strategy == strategy
+    assert plan("triton", m=m, n=8192, r=r, dropout=dropout).strategy == strategy
+
+
+def test_one_pass_needs_columns_to_fill_the_gpu():
+    assert plan("triton", m=1, n=64 * 44).strategy == "one_pass"
+    assert plan("triton", m=1, n=64 * 43).strategy == "shrink_fused"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_dy_is_read_once_only_where_its_shares_are_smaller(width):
+    for r in range(1, 513):
+        told = plan("triton", r=r, width=width)
+        tile = told.tile("bwd_lora_b")
+        itemsize = 4 if width == "32" else 2
+        assert (told.dy_reads == 1) == (r <= tile.block_r and 4 * r <= tile.block_n * itemsize)
 
 
 def test_auto_prefers_kernels_where_the_library_needs_passes_over_x():
-    assert plan(m=1).backend == "triton"
+    assert plan(m=1, n=8192).backend == "triton"
     assert plan(dropout=True).backend == "triton"
     assert plan(width="mixed").backend == "triton"
     assert plan().backend == "torch"
@@ -149,13 +163,15 @@ def test_an_unknown_gpu_gets_its_vendors_smallest_tiles(arch, like, width):
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4096, 14336)])
 def test_splits(sm_count, m, n, k):
     told = plan("triton", m=m, n=n, k=k, sm_count=sm_count)
-    for splits, steps in (
-        (told.shrink_splits, -(-k // told.tile("shrink").block_k)),
-        (told.row_splits, -(-m // told.tile("bwd_lora_b").block_m)),
+    shrink, lora_a, lora_b = (told.tile(kernel) for kernel in ("shrink", "bwd_lora_a", "bwd_lora_b"))
+    # Each reduction is split by its own kernel's grid: programs without splits, and steps there are to share.
+    for splits, programs, steps in (
+        (told.xa_splits, -(-m // shrink.block_m), -(-k // shrink.block_k)),
+        (told.dyb_splits, -(-m // shrink.block_m), -(-n // shrink.block_k)),
+        (told.d_lora_A_splits, -(-k // lora_a.block_k), -(-m // lora_a.block_m)),
+        (told.d_lora_B_splits, -(-n // lora_b.block_n), -(-m // lora_b.block_m)),
     ):
-        assert 1 <= splits <= min(steps, 64)
-    if sm_count == 1:
-        assert (told.shrink_splits, told.row_splits) == (1, 1)
+        assert splits == max(1, min(sm_count // programs, steps, 64))
 
 
 @pytest.mark.parametrize("rank", range(1, 513))
