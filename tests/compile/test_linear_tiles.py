@@ -107,7 +107,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(shipped, target, id=f"{target}-{shipped.kernel}-{shipped.width}{mask}-{sizes}")
 
 
-@pytest.mark.parametrize(("shipped", "target"), cases())
+@pytest.mark.parametrize(("shipped", "target"), list(cases()))
 def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None:
     for variant in variants(shipped):
         figures = figures_of(shipped, variant, target)
