@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_kernels.ops._dropout import zero_dropped_
 from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import dropout_scale
@@ -66,7 +65,7 @@ def forward(
         for rows in _row_blocks(x):
             block = _wide(x[rows], copy=seed is not None)
             if seed is not None:
-                zero_dropped_([block], seed, dropout_p, first_row=rows.start)
+                _zero_dropped([block], seed, dropout_p, rows.start)
             xa[rows] = torch.mm(block, wide_A.T).mul_(alpha)
     else:
         _scaled_mm(x, lora_A.T, alpha, xa)
@@ -93,6 +92,13 @@ def _bias_mm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def _wide(block: Tensor, *, copy: bool) -> Tensor:
     """The block in at least fp32, contiguous; as a copy where it will be written to."""
     return block.to(_compute_dtype(block), copy=copy, memory_format=torch.contiguous_format)
+
+
+def _zero_dropped(blocks: list[Tensor], seed: Tensor, dropout_p: float, first_row: int) -> None:
+    # NumPy comes with the first mask: importing the package needs torch alone.
+    from lora_kernels.ops._dropout import zero_dropped_
+
+    zero_dropped_(blocks, seed, dropout_p, first_row=first_row)
 
 
 def _upcast_gemm(
@@ -204,7 +210,7 @@ def _blockwise_lora_a(
         low_rank = None if dx is None else torch.mm(block_dyb, wide_A)
         if seed is not None:
             masked = [block for block in (block_x, low_rank) if block is not None]
-            zero_dropped_(masked, seed, dropout_p, first_row=rows.start)
+            _zero_dropped(masked, seed, dropout_p, rows.start)
         if block_x is not None and d_lora_A is not None:
             d_lora_A.addmm_(block_dyb.T, block_x)
         if dx is not None and low_rank is not None:
