@@ -60,7 +60,7 @@ def run(cases: Sequence[LinearCase], device: torch.device, out: Path, *, budget_
 
 
 def summary(records: Sequence[Record], device: torch.device) -> list[str]:
-    """The lines under the table: median speed-up per dtype against its target, gate outcome."""
+    """The lines under the table: median speed-up per dtype against its target, every case that loses, gate outcome."""
     lines = []
     fused = dict.fromkeys(r.provider for r in records if r.provider not in (FROZEN, UNFUSED))
     for provider in fused:
@@ -68,6 +68,11 @@ def summary(records: Sequence[Record], device: torch.device) -> list[str]:
             found = summarise(records, provider, dtype)
             if found:
                 lines.append(found.line(target if device.type == "cpu" and provider == "torch" else None))
+    lines += [
+        f"slower than unfused: {r.provider} on {r.name} ({r.dtype}, p = {r.dropout_p:g}, {r.mode}): {r.speedup:.2f}x"
+        for r in records
+        if r.provider in fused and r.speedup is not None and r.speedup < 1
+    ]
     lines += [f"FAULT: {r.provider} on {r.name} ({r.dtype}, {r.mode}) {r.status}" for r in records if r.fault]
     checked = sum(r.error is not None for r in records)
     refused = sum(r.fault == "refused" for r in records)
