@@ -120,7 +120,7 @@ def shrink_tile(family: Family, width: Width, rank: int) -> Tile:
     stages = 2 if family == "cdna3" else 3
     # tf32x3 keeps a second accumulator: 64 columns of it spill where the products are mma.sync.
     widest = 32 if width == "mixed" and family in ("ampere", "ada") else 64
-    if family in ("ampere", "blackwell") and width == "mixed":
+    if width == "mixed" and family in ("ampere", "ada", "blackwell"):
         block_k = 32
     return Tile(block_m=64, block_k=block_k, block_r=min(padded_rank(rank), widest), num_stages=stages)
 
@@ -150,8 +150,8 @@ def bwd_lora_b_tile(family: Family, width: Width, rank: int) -> Tile:
     if family == "blackwell":
         return Tile(block_m=64, block_n=64, block_r=min(padded_rank(rank), 64 if width == "16" else 16))
     block_r = min(padded_rank(rank), 64 if width == "16" else 32)
-    # Two accumulators of 64 columns: over four warps they spill on sm_80 and sm_89.
-    warps = 8 if block_r == 64 else 4
+    # Two accumulators of 64 columns spill over four warps on sm_80; on sm_89 two of 16 columns do, too.
+    warps = 8 if block_r == 64 or family == "ada" else 4
     return Tile(block_m=64, block_n=128 if width == "16" else 64, block_r=block_r, num_warps=warps, num_stages=3)
 
 
