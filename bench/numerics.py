@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels.cli.check import run_plan
 from lora_kernels.config import INTERPRETED
 from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
-from lora_kernels.testing import LinearInputs, make_linear_inputs, relative_error, run_linear
+from lora_kernels.testing import LinearInputs, make_linear_inputs, relative_error, run_linear, run_linear_plan
 
 M, N, K, R = 512, 384, 512, 16
 DTYPES = (
@@ -59,7 +58,7 @@ def table() -> str:
         rows = {"eager chain": errors(run_linear(inputs, "reference"), truth)}
         for column, plan in plans(dtype, adapter_dtype).items():
             if plan is not None:
-                rows[column] = errors(run_plan(inputs, plan), truth)
+                rows[column] = errors(run_linear_plan(inputs, plan), truth)
         lines += [f"| {name} | {column} | {' | '.join(f'{e:.1e}' for e in row)} |" for column, row in rows.items()]
     return "\n".join(lines) + "\n"
 
