@@ -16,49 +16,21 @@ from lora_kernels.reference import linear as reference
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """One node for the whole layer: saves x, xa [M, R] and the seed, and recomputes the mask.
+    """One node for the whole layer: saves x, xa [*, R] and the seed, and recomputes the mask.
 
-    forward(x [M, K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N] | None, seed [1] | None, scaling, dropout_p,
-    backend) -> (y [M, N], xa [M, R]); xa is an output only so that setup_context can save it.
+    forward(x [*, K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N] | None, seed [1] | None, scaling, dropout_p,
+    backend) -> y [*, N].
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """y, through the registered op."""
+        y, xa = ops.linear_forward(*inputs)
+        _save(ctx, inputs, xa)
+        return y
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        """y and xa, through the registered op."""
-        y, xa = ops.linear_forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
-        return y, xa
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Saves what the needed gradients read, and nothing else."""
-        x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
-        xa = output[1]
-        ctx.mark_non_differentiable(xa)
-        ctx.set_materialize_grads(False)
-        ctx.needs = needs = ops.Needs(*ctx.needs_input_grad[:5])
-        ctx.save_for_backward(
-            x if needs.lora_A or needs.weight else None,
-            weight if needs.x else None,
-            lora_A,
-            lora_B,
-            xa if needs.lora_B else None,
-            seed if needs.x or needs.lora_A else None,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _d_xa: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         """One entry for each input of forward; None where no gradient is needed."""
         if dy is None:
             return (None,) * 9
@@ -73,6 +45,44 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         kept = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
         return (*kept, None, None, None, None)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
+    """What the needed gradients read, and nothing else."""
+    x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.needs = needs = ops.Needs(*ctx.needs_input_grad[:5])
+    ctx.save_for_backward(
+        x if needs.lora_A or needs.weight else None,
+        weight if needs.x else None,
+        lora_A,
+        lora_B,
+        xa if needs.lora_B else None,
+        seed if needs.x or needs.lora_A else None,
+    )
+
+
+class _TransformableFunction(LoRALinearFunction):
+    """The same node for torch.func, which wants setup_context: PyTorch inspects its signature at every call, 60 us."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        """y and xa, which is an output only so that setup_context can save it."""
+        y, xa = ops.linear_forward(*inputs)
+        return y, xa
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """As `_save`."""
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _d_xa: None) -> tuple[Tensor | None, ...]:
+        """As in LoRALinearFunction."""
+        return LoRALinearFunction.backward(ctx, dy)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -184,17 +194,22 @@ def lora_linear(
     _checks.check_servable(backend, x)
     seed = _checks.seed_tensor(dropout_seed, x.device) if dropout_p > 0 else None
 
-    flat = x.reshape(-1, x.shape[-1])
     scaling, dropout_p = float(scaling), float(dropout_p)
     if backend == "reference":
         with _without_autocast(device_type):
             y = reference.lora_linear(
-                flat, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, seed=seed
-            )
-    else:
-        apply: Callable[..., tuple[Tensor, Tensor]] = LoRALinearFunction.apply
-        y, _ = apply(flat, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
-    return y.view(*x.shape[:-1], weight.shape[0])
+                x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, bias,
+                scaling=scaling, dropout_p=dropout_p, seed=seed,
+            )  # fmt: skip
+        return y.view(*x.shape[:-1], weight.shape[0])
+    inputs = (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+    if torch._C._are_functorch_transforms_active():
+        transformed: Callable[..., tuple[Tensor, Tensor]] = _TransformableFunction.apply
+        return transformed(*inputs)[0]
+    if not torch.is_grad_enabled():
+        return ops.linear_forward(*inputs)[0]  # type: ignore[no-any-return]
+    apply: Callable[..., Tensor] = LoRALinearFunction.apply
+    return apply(*inputs)
 
 
 def _autocast(

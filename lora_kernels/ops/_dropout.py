@@ -26,32 +26,33 @@ LOW_32, HALF = np.uint64(philox.LOW_32), np.uint64(32)
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def zero_dropped_(blocks: Sequence[Tensor], seed: Tensor, p: float, *, first_row: int) -> None:
-    """Zeroes the dropped elements of rows [first_row, first_row + m) of an [M, K] input, in place.
+def zero_dropped(blocks: Sequence[tuple[Tensor, Tensor]], seed: Tensor, p: float, *, first_row: int) -> None:
+    """out = mask * source for rows [first_row, first_row + m) of an [M, K] input.
 
     Args:
-        blocks: contiguous [m, K] tensors in one dtype, fp32 or fp64, that share the mask; it is evaluated once.
+        blocks: (source, out) pairs of [m, K] tensors in one dtype, fp32 or fp64, that share the mask: it is evaluated
+            once. `out` may be `source`.
         seed: [1] int64.
         p: probability to drop, in [0, 1).
         first_row: index of the blocks' first row.
     """
-    rows, columns = blocks[0].shape
-    bits = [block.view(BITS[block.dtype]) for block in blocks]
+    rows, columns = blocks[0][0].shape
+    bits = [(source.view(BITS[source.dtype]), out.view(BITS[out.dtype])) for source, out in blocks]
     if seed.device.type != "cpu":
-        mask = philox.keep_mask(seed, rows, columns, p, first_row=first_row).to(bits[0].dtype).neg_()
-        for tensor in bits:
-            tensor.bitwise_and_(mask)
+        mask = philox.keep_mask(seed, rows, columns, p, first_row=first_row).to(bits[0][0].dtype).neg_()
+        for source, out in bits:
+            torch.bitwise_and(source, mask, out=out)
         return
-    arrays: list[npt.NDArray[Any]] = [block.numpy() for block in bits]
+    arrays: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = [(source.numpy(), out.numpy()) for source, out in bits]
     threshold, keys = np.uint16(philox.dropout_threshold(p)), _round_keys(int(seed))
     groups = -(-columns // philox.COLUMNS_PER_COUNTER)
     # Every intermediate stays in L2 this way.
     step = min(max(1, COUNTERS_AT_A_TIME // groups), rows)
-    buffers = np.empty((6, step, groups), np.uint64)
+    buffers = np.empty((5, step, groups), np.uint64)
     # A counter's four words, little-endian, are its eight 16-bit pieces in column order.
     pieces = np.empty((step, groups * philox.COLUMNS_PER_COUNTER), "<u2")
     keep = np.empty(pieces.shape, np.bool_)
-    ones: npt.NDArray[Any] = np.empty(pieces.shape, arrays[0].dtype)
+    ones: npt.NDArray[Any] = np.empty(pieces.shape, arrays[0][0].dtype)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         words = pieces[:count].view("<u4").reshape(count, groups, 4)
@@ -59,36 +60,39 @@ def zero_dropped_(blocks: Sequence[Tensor], seed: Tensor, p: float, *, first_row
             words[:, :, index] = word  # the cast drops the upper half
         np.greater_equal(pieces[:count], threshold, out=keep[:count])
         np.negative(keep[:count].view(np.int8), out=ones[:count])
-        for array in arrays:
-            block = array[start : start + count]
-            np.bitwise_and(block, ones[:count, :columns], out=block)
+        for source, out in arrays:
+            np.bitwise_and(source[start : start + count], ones[:count, :columns], out=out[start : start + count])
 
 
 def _philox_in_place(first_row: int, keys: list[tuple[Any, Any]], buffers: npt.NDArray[Any]) -> tuple[Words, ...]:
-    """Philox4x32-10 of the counters (column group, row, 0, 0) in six buffers; the low 32 bits of each word count."""
-    c0, c2, *products = buffers
+    """Philox4x32-10 of the counters (column group, row, 0, 0) in five buffers; the low 32 bits of each word count."""
+    c0, c1, c2, c3, high = buffers
     rows, groups = c0.shape
-    # Two rounds long the words depend on the row or on the group, and c2 alone on both at the end of the second.
     group = np.arange(groups, dtype=np.uint64)[None, :]
     row: Words = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None]
-    (row_key, group_key), (k0, k1) = keys[:2]
-    group_product = group * ROUND_A
-    row = (row ^ row_key) * ROUND_A
-    group = ((group_product >> HALF) ^ group_key) * ROUND_B
-    c0[:] = (group >> HALF) ^ k0
-    c1, c3 = group, row
-    np.bitwise_xor((row >> HALF) ^ k1, group_product & LOW_32, out=c2)
-    for index, (k0, k1) in enumerate(keys[2:]):
-        # The last round's products are this one's c1 and c3: two pairs take turns.
-        product_a, product_b = products[:2] if index % 2 else products[2:]
-        np.multiply(c0, ROUND_A, out=product_a)
-        np.multiply(c2, ROUND_B, out=product_b)
-        for c, product, word, key in ((c0, product_b, c1, k0), (c2, product_a, c3, k1)):
-            np.right_shift(product, HALF, out=c)
-            np.bitwise_xor(c, word, out=c)
-            np.bitwise_xor(c, key, out=c)
-            np.bitwise_and(c, LOW_32, out=c)
-        c1, c3 = product_b, product_a
+    # Of the words that three rounds yield, most depend on the row or on the group alone, and are vectors here: in full
+    # are one word of round 2 and two of round 3.
+    (row_key, group_key), (group_key_2, row_key_2), (k0, k1) = keys[:3]
+    group_a = group * ROUND_A
+    row_a = (row ^ row_key) * ROUND_A
+    group_b = ((group_a >> HALF) ^ group_key) * ROUND_B
+    group_a2 = ((group_b >> HALF) ^ group_key_2) * ROUND_A
+    np.bitwise_xor((row_a >> HALF) ^ row_key_2, group_a & LOW_32, out=c1)
+    np.multiply(c1, ROUND_B, out=c1)
+    np.right_shift(c1, HALF, out=c0)
+    np.bitwise_xor(c0, (group_b & LOW_32) ^ k0, out=c0)
+    np.bitwise_xor((group_a2 >> HALF) ^ k1, row_a & LOW_32, out=c2)
+    c3[:] = group_a2
+    for k0, k1 in keys[3:]:
+        # A product takes its factor's place: its high half joins the word beside it, and it is that word's successor.
+        np.multiply(c0, ROUND_A, out=c0)
+        np.multiply(c2, ROUND_B, out=c2)
+        for product, word, key in ((c2, c1, k0), (c0, c3, k1)):
+            np.right_shift(product, HALF, out=high)
+            np.bitwise_xor(word, high, out=word)
+            np.bitwise_xor(word, key, out=word)
+            np.bitwise_and(word, LOW_32, out=word)
+        c0, c1, c2, c3 = c1, c2, c3, c0
     return c0, c1, c2, c3
 
 

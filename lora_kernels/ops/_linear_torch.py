@@ -4,7 +4,8 @@
     dyb = alpha dy B               dx = mask * (dyb A), then dx += dy W in the GEMM
 
 with alpha = scaling / (1 - p). The expand goes first and the base GEMM accumulates on top: y is read and written once
-less than in the eager chain, and is rounded after its large term rather than before.
+less than in the eager chain, and is rounded after its large term rather than before. Between equal orders of a product
+the one with the long result rows is taken: xa^T dy takes MKL half the time of dy^T xa (`bench.orders`).
 
 Three cases leave the plain form. With dropout, with fp32 adapters over 16-bit x, and where the plan says "upcast" (a
 CPU without 16-bit matrix instructions), the rank-sized products run over blocks of rows that are converted to fp32
@@ -36,8 +37,11 @@ def _row_blocks(t: Tensor, columns: int = 0) -> Iterator[slice]:
 
 
 def _scaled_mm(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> None:
-    """out = alpha * a @ b, scaled in the GEMM's accumulator; beta = 0 ignores what out held."""
-    torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+    """out = alpha * a @ b, scaled before it is rounded to out's dtype; what out held does not count."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+    else:
+        out.copy_(torch.mm(a, b).mul_(alpha))
 
 
 def _compute_dtype(t: Tensor) -> torch.dtype:
@@ -58,66 +62,81 @@ def forward(
     """(y [M, N], xa [M, R]) for x [M, K]; xa in lora_A's dtype with alpha inside."""
     m, n, r = x.shape[0], weight.shape[0], lora_A.shape[0]
     alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
-    blockwise = seed is not None or lora_A.dtype != x.dtype or plan.strategy == "upcast"
     xa = torch.empty((m, r), dtype=lora_A.dtype, device=x.device)
-    if blockwise:
+    if seed is not None or lora_A.dtype != x.dtype or plan.strategy == "upcast":
         wide_A = lora_A.to(_compute_dtype(x))
+        buffer = _block_buffer(x)
         for rows in _row_blocks(x):
-            block = _wide(x[rows], copy=seed is not None)
+            block = _wide(x[rows], buffer)
             if seed is not None:
-                _zero_dropped([block], seed, dropout_p, rows.start)
-            xa[rows] = torch.mm(block, wide_A.T).mul_(alpha)
+                dropped = buffer[: block.shape[0]]
+                _drop([(block, dropped)], seed, dropout_p, rows.start)
+                block = dropped
+            _scaled_mm(block, wide_A.T, alpha, xa[rows])
     else:
         _scaled_mm(x, lora_A.T, alpha, xa)
 
+    s, expand, bias = _fold_bias(xa, lora_B, bias)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if plan.strategy == "upcast":
-        _upcast_gemm(x, weight.T, xa, lora_B.T, bias, y)
+        _upcast_gemm(x, weight.T, y, s, expand.T)
         return y, xa
     if xa.dtype != x.dtype:
         wide_bias = None if bias is None else bias.to(xa.dtype)
         for rows in _row_blocks(y):
-            y[rows] = _bias_mm(wide_bias, xa[rows], lora_B.T)
+            y[rows] = torch.mm(s[rows], expand.T) if wide_bias is None else torch.addmm(wide_bias, s[rows], expand.T)
     elif bias is None:
-        torch.mm(xa, lora_B.T, out=y)
+        torch.mm(s, expand.T, out=y)
     else:
-        torch.addmm(bias, xa, lora_B.T, out=y)
+        torch.addmm(bias, s, expand.T, out=y)
     return y.addmm_(x, weight.T), xa
 
 
-def _bias_mm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+def _fold_bias(xa: Tensor, lora_B: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """([xa | 1], [lora_B | bias], None) on a CPU: the bias as one more rank. On a GPU, whose GEMMs add it, unchanged.
+
+    A CPU's addmm copies the bias into every row of y first, which takes as long as the product (`bench.orders`).
+    """
+    if bias is None or xa.device.type != "cpu":
+        return xa, lora_B, bias
+    folded = torch.cat([xa, xa.new_ones((xa.shape[0], 1))], 1)
+    return folded, torch.cat([lora_B, bias.to(lora_B.dtype)[:, None]], 1), None
 
 
-def _wide(block: Tensor, *, copy: bool) -> Tensor:
-    """The block in at least fp32, contiguous; as a copy where it will be written to."""
-    return block.to(_compute_dtype(block), copy=copy, memory_format=torch.contiguous_format)
+def _block_buffer(t: Tensor, columns: int = 0) -> Tensor:
+    """One buffer for all of `_row_blocks(t, columns)` in fp32: new ones would fault their pages in, block by block."""
+    rows = next(iter(_row_blocks(t, columns)), slice(0, 0)).stop
+    return torch.empty((rows, columns or t.shape[1]), dtype=_compute_dtype(t), device=t.device)
 
 
-def _zero_dropped(blocks: list[Tensor], seed: Tensor, dropout_p: float, first_row: int) -> None:
+def _wide(block: Tensor, buffer: Tensor) -> Tensor:
+    """The block in the buffer's dtype: as it is where it has that, else copied into the buffer."""
+    return block if block.dtype == buffer.dtype else buffer[: block.shape[0]].copy_(block)
+
+
+def _drop(blocks: list[tuple[Tensor, Tensor]], seed: Tensor, dropout_p: float, first_row: int) -> None:
     # NumPy comes with the first mask: importing the package needs torch alone.
-    from lora_kernels.ops._dropout import zero_dropped_
+    from lora_kernels.ops._dropout import zero_dropped
 
-    zero_dropped_(blocks, seed, dropout_p, first_row=first_row)
+    zero_dropped(blocks, seed, dropout_p, first_row=first_row)
 
 
-def _upcast_gemm(
-    lhs: Tensor, rhs: Tensor, s: Tensor | None, e: Tensor | None, bias: Tensor | None, out: Tensor
-) -> None:
-    """out = lhs rhs + s e + bias in fp32 over blocks of out, each rounded once; without s and e, out += lhs rhs."""
+def _upcast_gemm(lhs: Tensor, rhs: Tensor, out: Tensor, s: Tensor | None = None, e: Tensor | None = None) -> None:
+    """out = lhs rhs + s e in fp32 over blocks of out, each rounded once; without s and e, out += lhs rhs."""
     k, n = rhs.shape
     wide_s, wide_e = (None, None) if s is None or e is None else (s.float(), e.float())
-    step_n = max(256, WEIGHT_BLOCK_ELEMENTS // k)
+    step_n = min(n, max(256, WEIGHT_BLOCK_ELEMENTS // k))
+    lhs_buffer, out_buffer = _block_buffer(lhs), _block_buffer(lhs, step_n)
     for start_n in range(0, n, step_n):
-        columns = slice(start_n, start_n + step_n)
+        columns = slice(start_n, min(start_n + step_n, n))
         wide_rhs = rhs[:, columns].float()
-        wide_bias = None if bias is None else bias[columns].float()
-        for rows in _row_blocks(lhs, min(n, step_n)):
+        for rows in _row_blocks(lhs, step_n):
+            block = out_buffer[: rows.stop - rows.start, : columns.stop - columns.start]
             if wide_s is None or wide_e is None:
-                block = out[rows, columns].float()
+                block.copy_(out[rows, columns])
             else:
-                block = _bias_mm(wide_bias, wide_s[rows], wide_e[:, columns])
-            out[rows, columns] = block.addmm_(lhs[rows].float(), wide_rhs)
+                torch.mm(wide_s[rows], wide_e[:, columns], out=block)
+            out[rows, columns] = block.addmm_(_wide(lhs[rows], lhs_buffer), wide_rhs)
 
 
 def backward(
@@ -141,22 +160,18 @@ def backward(
     if needs.x:
         assert weight is not None
         dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
-    if seed is not None or lora_A.dtype != dy.dtype or plan.strategy == "upcast":
-        dyb, d_lora_B = _blockwise_lora_b(dy, lora_B if needs.x or needs.lora_A else None, xa, alpha)
+    wide = lora_A.dtype != dy.dtype or plan.strategy == "upcast"
+    dyb, d_lora_B = (_blockwise_lora_b if wide else _lora_b)(dy, lora_B if needs.x or needs.lora_A else None, xa, alpha)
+    if wide or seed is not None:
         d_lora_A = _blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, dx)
     else:
-        d_lora_B = None if xa is None else torch.mm(dy.T, xa)
-        d_lora_A = None
-        if needs.x or needs.lora_A:
-            dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
-            _scaled_mm(dy, lora_B, alpha, dyb)
-            d_lora_A = None if lora_x is None else torch.mm(dyb.T, lora_x)
-            if dx is not None:
-                torch.mm(dyb, lora_A, out=dx)
+        d_lora_A = None if lora_x is None or dyb is None else torch.mm(dyb.T, lora_x)
+        if dx is not None and dyb is not None:
+            torch.mm(dyb, lora_A, out=dx)
     if dx is not None:
         assert weight is not None
         if plan.strategy == "upcast":
-            _upcast_gemm(dy, weight, None, None, None, dx)
+            _upcast_gemm(dy, weight, dx)
         else:
             dx.addmm_(dy, weight)
     d_weight = None
@@ -164,6 +179,17 @@ def backward(
         assert x is not None
         d_weight = torch.mm(dy.T, x)
     return dx, d_weight, d_lora_A, d_lora_B, dy.sum(0) if needs.bias else None
+
+
+def _lora_b(
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dyb, dB) of one dtype; each None where its operand is."""
+    dyb = None
+    if lora_B is not None:
+        dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
+        _scaled_mm(dy, lora_B, alpha, dyb)
+    return dyb, None if xa is None else torch.mm(xa.T, dy).T.contiguous()
 
 
 def _blockwise_lora_b(
@@ -176,14 +202,15 @@ def _blockwise_lora_b(
         dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
         wide_B = lora_B.to(compute)
     if xa is not None:
-        d_lora_B = torch.zeros((dy.shape[1], xa.shape[1]), dtype=compute, device=dy.device)
+        d_lora_B = torch.zeros((xa.shape[1], dy.shape[1]), dtype=compute, device=dy.device)
+    buffer = _block_buffer(dy)
     for rows in _row_blocks(dy):
-        block = dy[rows].to(compute)
+        block = _wide(dy[rows], buffer)
         if dyb is not None and wide_B is not None:
-            dyb[rows] = torch.mm(block, wide_B).mul_(alpha)
+            _scaled_mm(block, wide_B, alpha, dyb[rows])
         if d_lora_B is not None and xa is not None:
-            d_lora_B.addmm_(block.T, xa[rows].to(compute))
-    return dyb, None if d_lora_B is None or xa is None else d_lora_B.to(xa.dtype)
+            d_lora_B.addmm_(xa[rows].to(compute).T, block)
+    return dyb, None if d_lora_B is None or xa is None else d_lora_B.T.to(xa.dtype).contiguous()
 
 
 def _blockwise_lora_a(
@@ -204,15 +231,27 @@ def _blockwise_lora_a(
     compute = _compute_dtype(dyb)
     wide_A = lora_A.to(compute)
     d_lora_A = None if x is None else torch.zeros(lora_A.shape, dtype=compute, device=x.device)
+    x_buffer, dx_buffer = _block_buffer(shaped), None
+    if dx is not None and dx.dtype != compute:
+        dx_buffer = torch.empty_like(x_buffer)
     for rows in _row_blocks(shaped):
+        count = rows.stop - rows.start
         block_dyb = dyb[rows].to(compute)
-        block_x = None if x is None else _wide(x[rows], copy=seed is not None)
-        low_rank = None if dx is None else torch.mm(block_dyb, wide_A)
+        block_x = block_dx = None
+        masked = []
+        if x is not None:
+            block_x = _wide(x[rows], x_buffer)
+            if seed is not None:
+                masked.append((block_x, x_buffer[:count]))
+                block_x = x_buffer[:count]
+        if dx is not None:
+            block_dx = dx[rows] if dx_buffer is None else dx_buffer[:count]
+            torch.mm(block_dyb, wide_A, out=block_dx)
+            masked.append((block_dx, block_dx))
         if seed is not None:
-            masked = [block for block in (block_x, low_rank) if block is not None]
-            _zero_dropped(masked, seed, dropout_p, rows.start)
+            _drop(masked, seed, dropout_p, rows.start)
         if block_x is not None and d_lora_A is not None:
             d_lora_A.addmm_(block_dyb.T, block_x)
-        if dx is not None and low_rank is not None:
-            dx[rows] = low_rank
+        if dx is not None and dx_buffer is not None and block_dx is not None:
+            dx[rows] = block_dx
     return None if d_lora_A is None else d_lora_A.to(lora_A.dtype)

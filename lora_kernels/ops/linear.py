@@ -1,13 +1,16 @@
 """`lora_kernels::linear_forward` and `lora_kernels::linear_backward`: opaque to torch.compile, export and CUDA graphs.
 
-They take [M, K] inputs that the caller has validated. The implementation makes the plan from the real sizes, so a
-compiled graph with a dynamic M does not specialise on it.
+They take inputs that the caller has validated: x [*, K], dy and y [*, N], xa [*, R]. The implementation flattens them to
+[M, ...] and makes the plan from the real sizes, so a compiled graph with a dynamic M does not specialise on it.
 Gradients that are not needed come back as empty tensors: a schema has no optional returns.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -60,10 +63,26 @@ def problem_of(
 
 def _plan(t: Tensor, n: int, lora_A: Tensor, seed: Tensor | None, backend: str) -> Plan:
     r, k = lora_A.shape
-    problem = problem_of(
-        t.shape[0], n, k, r, dtype=t.dtype, adapter_dtype=lora_A.dtype, dropout=seed is not None, device=t.device
-    )
-    return make_plan(problem, backend, triton_available=triton_available())
+    tf32 = t.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _plan_for(t.shape[0], n, k, r, t.dtype, lora_A.dtype, seed is not None, t.device, backend, tf32)
+
+
+@lru_cache(maxsize=4096)
+def _plan_for(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+    device: torch.device,
+    backend: str,
+    tf32: bool,
+) -> Plan:
+    # A training step asks for the same few plans over and over; made anew, the two of them would cost it 20 us.
+    problem = problem_of(m, n, k, r, dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, device=device)
+    return make_plan(dataclasses.replace(problem, tf32=tf32), backend, triton_available=triton_available())
 
 
 class LinearImplementation(Protocol):
@@ -113,15 +132,28 @@ def linear_implementation(plan: Plan) -> LinearImplementation:
     )
 
 
-def _without_autocast(t: Tensor) -> AbstractContextManager[object]:
-    """Dtypes were settled above; autocast would cast the fp32 adapters' products again."""
-    if torch.is_autocast_enabled(t.device.type):
-        return torch.autocast(t.device.type, enabled=False)
+def _flat(t: Tensor) -> Tensor:
+    """[M, columns], and a copy only where the leading dims have no common stride."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+@contextmanager
+def _no_grad_no_autocast(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def _plain(t: Tensor) -> AbstractContextManager[None]:
+    """Neither autocast, which would cast the fp32 adapters' products again, nor autograd.
+
+    An exported program calls the op without the autograd.Function around it. Inside that, the context costs nothing.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(t.device.type):
+        return _no_grad_no_autocast(t.device.type)
     return nullcontext()
 
 
 @torch.library.impl(_LIBRARY, "linear_forward", "CompositeExplicitAutograd")
-@torch.no_grad()  # an exported program calls the op without the autograd.Function around it
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -133,11 +165,14 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if x.shape[0] == 0:
-        return x.new_empty(0, weight.shape[0]), lora_A.new_empty(0, lora_A.shape[0])
+    if x.numel() == 0:
+        return _fake_forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+    leading = x.shape[:-1]
+    x = _flat(x)
     plan = _plan(x, weight.shape[0], lora_A, seed, backend)
-    with _without_autocast(x):
-        return linear_implementation(plan).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
+    with _plain(x):
+        y, xa = linear_implementation(plan).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
+    return y.view(*leading, -1), xa.view(*leading, -1)
 
 
 @torch.library.register_fake("lora_kernels::linear_forward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -152,12 +187,11 @@ def _fake_forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    m = x.shape[0]
-    return x.new_empty(m, weight.shape[0]), lora_A.new_empty(m, lora_A.shape[0])
+    leading = x.shape[:-1]
+    return x.new_empty(*leading, weight.shape[0]), lora_A.new_empty(*leading, lora_A.shape[0])
 
 
 @torch.library.impl(_LIBRARY, "linear_backward", "CompositeExplicitAutograd")
-@torch.no_grad()
 def _backward(
     dy: Tensor,
     x: Tensor | None,
@@ -171,14 +205,18 @@ def _backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    if dy.shape[0] == 0:
+    if dy.numel() == 0:
         empty = _fake_backward(dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, needs, backend)
         return tuple(gradient.zero_() for gradient in empty)
+    leading = dy.shape[:-1]
+    dy = _flat(dy)
+    x, xa = None if x is None else _flat(x), None if xa is None else _flat(xa)
     plan = _plan(dy, dy.shape[1], lora_A, seed, backend)
-    with _without_autocast(dy):
-        gradients = linear_implementation(plan).backward(
+    with _plain(dy):
+        dx, *others = linear_implementation(plan).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
         )
+    gradients = (None if dx is None else dx.view(*leading, -1), *others)
     like = (dy, dy, lora_A, lora_B, dy)
     return tuple(t.new_empty(0) if found is None else found for found, t in zip(gradients, like, strict=True))
 
@@ -198,9 +236,9 @@ def _fake_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     asked = Needs(*needs)
-    (m, n), k = dy.shape, lora_A.shape[1]
+    n, k = dy.shape[-1], lora_A.shape[1]
     return (
-        dy.new_empty((m, k) if asked.x else 0),
+        dy.new_empty((*dy.shape[:-1], k) if asked.x else 0),
         dy.new_empty((n, k) if asked.weight else 0),
         lora_A.new_empty(lora_A.shape if asked.lora_A else 0),
         lora_B.new_empty(lora_B.shape if asked.lora_B else 0),

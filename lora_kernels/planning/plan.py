@@ -8,7 +8,7 @@ library's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -191,11 +191,8 @@ def _splits(problem: Problem, programs: int, steps: int) -> int:
     return max(1, min(problem.sm_count // max(programs, 1), steps, SPLITS_MAX))
 
 
-@lru_cache(maxsize=4096)
 def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan:
     """The plan for one problem; an explicit backend is honoured or raises, only "auto" chooses.
-
-    Cached: a training step asks for the same few problems over and over, and M is part of the key.
 
     Raises:
         UnsupportedError: the named backend cannot serve the problem; the message says why.

@@ -212,7 +212,6 @@ def test_every_rank_has_a_plan(arch, width, m):
             assert needed <= set(dict(told.tiles))
             for kernel, tile in told.tiles:
                 assert_well_formed(kernel, tile)
-    make_plan.cache_clear()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,7 +227,6 @@ def test_plans_use_shipped_tiles_only(family):
                     masked = kernel.endswith("_dropout")
                     entry = (kernel.removesuffix("_dropout"), width, masked, tile)
                     assert entry in shipped, entry
-    make_plan.cache_clear()
 
 
 PROGRAM = """
