@@ -25,6 +25,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """y, through the registered op."""
+        y: Tensor
         y, xa = ops.linear_forward(*inputs)
         _save(ctx, inputs, xa)
         return y
@@ -62,8 +63,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
     )
 
 
-class _TransformableFunction(LoRALinearFunction):
-    """The same node for torch.func, which wants setup_context: PyTorch inspects its signature at every call, 60 us."""
+class _TransformableFunction(torch.autograd.Function):
+    """The same node for torch.func, which wants setup_context.
+
+    Not for every call: PyTorch then inspects the signature each time, and a node takes 2.5 times as long to make
+    (`bench.choices`).
+    """
 
     generate_vmap_rule = True
 

@@ -1,8 +1,8 @@
 """Dropout as the `torch` backend applies it: the specification's masks, and on a CPU without ever holding one.
 
 `reference.philox.keep_mask` makes ten new arrays a round, and on a CPU those allocations are most of its time. Here
-NumPy's `out=` keeps 2^14 counters at a time in L2, where they also meet the elements they decide about. On one thread:
-two Python threads of 10 us steps hand the interpreter's lock to and fro and take 1.8 times as long (1024 x 768).
+NumPy's `out=` keeps 2^14 counters at a time in L2: 2.3 times as fast (`bench.choices`). The rounds run on one thread,
+since two that work in steps of 10 us lose more over the interpreter's lock than they share; masks are applied by all.
 """
 
 from __future__ import annotations
@@ -22,46 +22,63 @@ COUNTERS_AT_A_TIME = 1 << 14
 ROUNDS = 10
 ROUND_A, ROUND_B = np.uint64(philox.ROUND_A), np.uint64(philox.ROUND_B)
 LOW_32, HALF = np.uint64(philox.LOW_32), np.uint64(32)
-# A mask is applied to the bits, as all ones or all zeros: a product would keep the NaN and Inf of dropped elements.
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def zero_dropped(blocks: Sequence[tuple[Tensor, Tensor]], seed: Tensor, p: float, *, first_row: int) -> None:
-    """out = mask * source for rows [first_row, first_row + m) of an [M, K] input.
+class Dropper:
+    """out = mask * source for blocks of rows of an [M, K] input, in buffers that the blocks share.
 
     Args:
-        blocks: (source, out) pairs of [m, K] tensors in one dtype, fp32 or fp64, that share the mask: it is evaluated
-            once. `out` may be `source`.
-        seed: [1] int64.
+        seed: [1] int64 on the blocks' device.
         p: probability to drop, in [0, 1).
-        first_row: index of the blocks' first row.
+        rows: the most rows of a block.
+        columns: K.
+        dtype: of sources and outs, fp32 or fp64.
     """
-    rows, columns = blocks[0][0].shape
-    bits = [(source.view(BITS[source.dtype]), out.view(BITS[out.dtype])) for source, out in blocks]
-    if seed.device.type != "cpu":
-        mask = philox.keep_mask(seed, rows, columns, p, first_row=first_row).to(bits[0][0].dtype).neg_()
-        for source, out in bits:
-            torch.bitwise_and(source, mask, out=out)
-        return
-    arrays: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = [(source.numpy(), out.numpy()) for source, out in bits]
-    threshold, keys = np.uint16(philox.dropout_threshold(p)), _round_keys(int(seed))
-    groups = -(-columns // philox.COLUMNS_PER_COUNTER)
-    # Every intermediate stays in L2 this way.
-    step = min(max(1, COUNTERS_AT_A_TIME // groups), rows)
-    buffers = np.empty((5, step, groups), np.uint64)
-    # A counter's four words, little-endian, are its eight 16-bit pieces in column order.
-    pieces = np.empty((step, groups * philox.COLUMNS_PER_COUNTER), "<u2")
-    keep = np.empty(pieces.shape, np.bool_)
-    ones: npt.NDArray[Any] = np.empty(pieces.shape, arrays[0][0].dtype)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        words = pieces[:count].view("<u4").reshape(count, groups, 4)
-        for index, word in enumerate(_philox_in_place(first_row + start, keys, buffers[:, :count])):
-            words[:, :, index] = word  # the cast drops the upper half
-        np.greater_equal(pieces[:count], threshold, out=keep[:count])
-        np.negative(keep[:count].view(np.int8), out=ones[:count])
-        for source, out in arrays:
-            np.bitwise_and(source[start : start + count], ones[:count, :columns], out=out[start : start + count])
+
+    def __init__(self, seed: Tensor, p: float, *, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self._seed, self._p, self._columns = seed, p, columns
+        self._ones = torch.empty((rows, columns), dtype=BITS[dtype], device=seed.device)
+        self._keep = _KeepMask(seed, p, rows, columns) if seed.device.type == "cpu" else None
+
+    def __call__(self, blocks: Sequence[tuple[Tensor, Tensor]], *, first_row: int) -> None:
+        """For (source, out) pairs of [m, K] that share the mask of rows first_row ...: it is evaluated once.
+
+        `out` may be `source`. The mask multiplies the bits, by 1 or 0: a product of values would keep the NaN and Inf
+        of dropped elements.
+        """
+        rows = blocks[0][0].shape[0]
+        if self._keep is not None:
+            keep = self._keep(first_row, rows)
+        else:
+            keep = philox.keep_mask(self._seed, rows, self._columns, self._p, first_row=first_row)
+        ones = self._ones[:rows].copy_(keep)
+        for source, out in blocks:
+            torch.mul(source.view(ones.dtype), ones, out=out.view(ones.dtype))
+
+
+class _KeepMask:
+    """`philox.keep_mask` of blocks of rows on a CPU, [m, K] bool; the result lives until the next call."""
+
+    def __init__(self, seed: Tensor, p: float, rows: int, columns: int) -> None:
+        self._threshold, self._keys = np.uint16(philox.dropout_threshold(p)), _round_keys(int(seed))
+        self._columns, self._groups = columns, -(-columns // philox.COLUMNS_PER_COUNTER)
+        # Every intermediate stays in L2 this way.
+        self._step = min(max(1, COUNTERS_AT_A_TIME // self._groups), rows)
+        self._buffers = np.empty((5, self._step, self._groups), np.uint64)
+        # A counter's four words, little-endian, are its eight 16-bit pieces in column order.
+        self._words = np.empty((self._step, self._groups, 4), "<u4")
+        self._keep = np.empty((rows, self._groups * philox.COLUMNS_PER_COUNTER), np.bool_)
+
+    def __call__(self, first_row: int, rows: int) -> Tensor:
+        for start in range(0, rows, self._step):
+            count = min(self._step, rows - start)
+            words = self._words[:count]
+            for index, word in enumerate(_philox_in_place(first_row + start, self._keys, self._buffers[:, :count])):
+                words[:, :, index] = word  # the cast drops the upper half
+            pieces = words.view("<u2").reshape(count, -1)
+            np.greater_equal(pieces, self._threshold, out=self._keep[start : start + count])
+        return torch.from_numpy(self._keep[:rows, : self._columns])
 
 
 def _philox_in_place(first_row: int, keys: list[tuple[Any, Any]], buffers: npt.NDArray[Any]) -> tuple[Words, ...]:

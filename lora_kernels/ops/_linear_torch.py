@@ -5,7 +5,7 @@
 
 with alpha = scaling / (1 - p). The expand goes first and the base GEMM accumulates on top: y is read and written once
 less than in the eager chain, and is rounded after its large term rather than before. Between equal orders of a product
-the one with the long result rows is taken: xa^T dy takes MKL half the time of dy^T xa (`bench.orders`).
+the one with the long result rows is taken: dy^T xa takes MKL 1.4 times as long as xa^T dy (`bench.choices`).
 
 Three cases leave the plain form. With dropout, with fp32 adapters over 16-bit x, and where the plan says "upcast" (a
 CPU without 16-bit matrix instructions), the rank-sized products run over blocks of rows that are converted to fp32
@@ -15,6 +15,7 @@ while they are in cache; nothing of x's or y's size is ever made in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import dropout_scale
+
+if TYPE_CHECKING:
+    from lora_kernels.ops._dropout import Dropper
 
 # Elements of one fp32 block, 4 MiB on a CPU: so large that a call is a few large GEMMs. Blocks of 2^17, which stay in
 # L2, made each step 64 rows and each small GEMM a barrier between threads: 3 to 5 times slower on two busy cores.
@@ -66,11 +70,12 @@ def forward(
     if seed is not None or lora_A.dtype != x.dtype or plan.strategy == "upcast":
         wide_A = lora_A.to(_compute_dtype(x))
         buffer = _block_buffer(x)
+        drop = _dropper(seed, dropout_p, buffer)
         for rows in _row_blocks(x):
             block = _wide(x[rows], buffer)
-            if seed is not None:
+            if drop is not None:
                 dropped = buffer[: block.shape[0]]
-                _drop([(block, dropped)], seed, dropout_p, rows.start)
+                drop([(block, dropped)], first_row=rows.start)
                 block = dropped
             _scaled_mm(block, wide_A.T, alpha, xa[rows])
     else:
@@ -95,7 +100,7 @@ def forward(
 def _fold_bias(xa: Tensor, lora_B: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """([xa | 1], [lora_B | bias], None) on a CPU: the bias as one more rank. On a GPU, whose GEMMs add it, unchanged.
 
-    A CPU's addmm copies the bias into every row of y first, which takes as long as the product (`bench.orders`).
+    A CPU's addmm copies the bias into every row of y first: 1.8 times as long (`bench.choices`).
     """
     if bias is None or xa.device.type != "cpu":
         return xa, lora_B, bias
@@ -114,11 +119,14 @@ def _wide(block: Tensor, buffer: Tensor) -> Tensor:
     return block if block.dtype == buffer.dtype else buffer[: block.shape[0]].copy_(block)
 
 
-def _drop(blocks: list[tuple[Tensor, Tensor]], seed: Tensor, dropout_p: float, first_row: int) -> None:
+def _dropper(seed: Tensor | None, dropout_p: float, buffer: Tensor) -> Dropper | None:
+    """Drops from blocks as large as the buffer; None without dropout."""
+    if seed is None:
+        return None
     # NumPy comes with the first mask: importing the package needs torch alone.
-    from lora_kernels.ops._dropout import zero_dropped
+    from lora_kernels.ops._dropout import Dropper
 
-    zero_dropped(blocks, seed, dropout_p, first_row=first_row)
+    return Dropper(seed, dropout_p, rows=buffer.shape[0], columns=buffer.shape[1], dtype=buffer.dtype)
 
 
 def _upcast_gemm(lhs: Tensor, rhs: Tensor, out: Tensor, s: Tensor | None = None, e: Tensor | None = None) -> None:
@@ -181,9 +189,7 @@ def backward(
     return dx, d_weight, d_lora_A, d_lora_B, dy.sum(0) if needs.bias else None
 
 
-def _lora_b(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float
-) -> tuple[Tensor | None, Tensor | None]:
+def _lora_b(dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float) -> tuple[Tensor | None, Tensor | None]:
     """(dyb, dB) of one dtype; each None where its operand is."""
     dyb = None
     if lora_B is not None:
@@ -234,6 +240,7 @@ def _blockwise_lora_a(
     x_buffer, dx_buffer = _block_buffer(shaped), None
     if dx is not None and dx.dtype != compute:
         dx_buffer = torch.empty_like(x_buffer)
+    drop = _dropper(seed, dropout_p, x_buffer)
     for rows in _row_blocks(shaped):
         count = rows.stop - rows.start
         block_dyb = dyb[rows].to(compute)
@@ -241,15 +248,15 @@ def _blockwise_lora_a(
         masked = []
         if x is not None:
             block_x = _wide(x[rows], x_buffer)
-            if seed is not None:
+            if drop is not None:
                 masked.append((block_x, x_buffer[:count]))
                 block_x = x_buffer[:count]
         if dx is not None:
             block_dx = dx[rows] if dx_buffer is None else dx_buffer[:count]
             torch.mm(block_dyb, wide_A, out=block_dx)
             masked.append((block_dx, block_dx))
-        if seed is not None:
-            _drop(masked, seed, dropout_p, rows.start)
+        if drop is not None:
+            drop(masked, first_row=rows.start)
         if block_x is not None and d_lora_A is not None:
             d_lora_A.addmm_(block_dyb.T, block_x)
         if dx is not None and dx_buffer is not None and block_dx is not None:

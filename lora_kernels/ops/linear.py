@@ -1,7 +1,7 @@
 """`lora_kernels::linear_forward` and `lora_kernels::linear_backward`: opaque to torch.compile, export and CUDA graphs.
 
-They take inputs that the caller has validated: x [*, K], dy and y [*, N], xa [*, R]. The implementation flattens them to
-[M, ...] and makes the plan from the real sizes, so a compiled graph with a dynamic M does not specialise on it.
+They take inputs that the caller has validated: x [*, K], dy and y [*, N], xa [*, R]. The implementation flattens them
+to [M, ...] and makes the plan from the real sizes, so a compiled graph with a dynamic M does not specialise on it.
 Gradients that are not needed come back as empty tensors: a schema has no optional returns.
 """
 
@@ -166,7 +166,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
-        return _fake_forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+        return x.new_empty(*x.shape[:-1], weight.shape[0]), lora_A.new_empty(*x.shape[:-1], lora_A.shape[0])
     leading = x.shape[:-1]
     x = _flat(x)
     plan = _plan(x, weight.shape[0], lora_A, seed, backend)

@@ -1,0 +1,107 @@
+"""The small measurements behind choices that comments in the CPU code name, so that anyone can repeat them.
+
+python -m bench.choices [--budget SECONDS]
+
+Each line is one choice: medians of interleaved rounds and the ratio, alternative over chosen, with its 10th-90th
+percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lora_kernels.benchmarking.records import Environment
+from lora_kernels.benchmarking.timer import interleave
+from lora_kernels.ops._dropout import Dropper
+from lora_kernels.reference.philox import keep_mask
+
+CPU = torch.device("cpu")
+M, N, K, R = 1024, 768, 768, 16
+P = 0.1
+
+
+class _WithContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        ctx.save_for_backward(*inputs[:4])
+        return inputs[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (dy, *[None] * 8)
+
+
+class _WithSetupContext(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> torch.Tensor:
+        return inputs[0].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (dy, *[None] * 8)
+
+
+def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """What was chosen, and the alternative, by the line that is printed."""
+    dy, xa, lora_B, bias = torch.randn(M, N), torch.randn(M, R), torch.randn(N, R), torch.randn(N)
+    y = torch.empty(M, N)
+    x, seed = torch.randn(M, K), torch.tensor([5])
+    drop = Dropper(seed, P, rows=M, columns=K, dtype=x.dtype)
+    dropped = torch.empty_like(x)
+    small = torch.randn(4, 4, requires_grad=True)
+    inputs = (small, *torch.randn(3, 4, 4), None, None, 1.0, 0.0, "auto")
+
+    def long_rows() -> torch.Tensor:
+        return torch.mm(xa.T, dy).T.contiguous()
+
+    def folded() -> torch.Tensor:
+        wide_xa = torch.cat([xa, xa.new_ones((M, 1))], 1)
+        return torch.mm(wide_xa, torch.cat([lora_B, bias[:, None]], 1).T, out=y)
+
+    return {
+        f"dB [{N}, {R}] from M = {M} rows: (xa^T dy)^T, not dy^T xa": (
+            long_rows,
+            lambda: torch.mm(dy.T, xa),
+        ),
+        f"y = b + xa B^T [{M}, {N}]: b as one more rank, not addmm": (
+            folded,
+            lambda: torch.addmm(bias, xa, lora_B.T, out=y),
+        ),
+        f"mask * x [{M}, {K}]: NumPy's in-place rounds in L2, not keep_mask": (
+            lambda: drop([(x, dropped)], first_row=0),
+            lambda: torch.where(keep_mask(seed, M, K, P), x, 0),
+        ),
+        f"mask * x [{M}, {K}], against F.dropout's generator": (
+            lambda: drop([(x, dropped)], first_row=0),
+            lambda: torch.nn.functional.dropout(x, P),
+        ),
+        "an autograd node's forward: forward(ctx, ...), not setup_context": (
+            lambda: _WithContext.apply(*inputs),
+            lambda: _WithSetupContext.apply(*inputs),
+        ),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: one line per choice."""
+    parser = argparse.ArgumentParser(prog="python -m bench.choices", description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of timing per choice")
+    budget_s = parser.parse_args(argv).budget
+    print(Environment.current(CPU).line)
+    for name, (chosen, alternative) in choices().items():
+        samples = interleave({"chosen": chosen, "alternative": alternative}, device=CPU, budget_s=budget_s, warmup=5)
+        ratio = samples.ratio("alternative", "chosen")
+        times = f"{samples.time('chosen').median:8.3f} ms, alternative {samples.time('alternative').median:8.3f} ms"
+        print(f"{name:<72} {times}  {ratio.median:5.2f}x ({ratio.p10:.2f}-{ratio.p90:.2f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
