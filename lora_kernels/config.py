@@ -1,16 +1,20 @@
-"""The only reader of environment variables: LORA_KERNELS_* and TRITON_INTERPRET.
+"""The only reader of environment variables: LORA_KERNELS_*, XDG_CACHE_HOME and TRITON_INTERPRET.
 
 LORA_KERNELS_BACKEND: what `backend="auto"` means in this process: `auto` (the planner decides), `torch`, `triton` or
 `reference`. For the question "is it the kernel?" without touching code.
 
+LORA_KERNELS_CACHE: the folder for what `lora-kernels tune` measures; empty switches it off. Default:
+$XDG_CACHE_HOME/lora_kernels, or ~/.cache/lora_kernels.
+
 TRITON_INTERPRET is Triton's own: kernels decorated while it is set run in Triton's interpreter, on CPU tensors.
 
-Both are read once, at import, as Triton reads its own.
+All are read once, at import, as Triton reads its own.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from lora_kernels.errors import ArgumentError
 
@@ -27,5 +31,18 @@ def _auto_backend() -> str:
 
 
 AUTO_BACKEND = _auto_backend()
+
+
+def _cache() -> Path | None:
+    folder = os.environ.get("LORA_KERNELS_CACHE")
+    if folder == "":
+        return None
+    if folder is None:
+        # Not Path.home(), which raises where a container's user has none.
+        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lora_kernels"
+    return Path(folder)
+
+
+CACHE = _cache()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.planning.device import cpu_name as cpu_name
+
 _Device = torch.device  # a name of its own, because `torch` is a field of the classes below
 
 
@@ -143,16 +145,6 @@ def device_slug(device: torch.device) -> str:
     suffix = "" if device.type == "cuda" else f" {torch.get_num_threads()} threads"
     plain = re.sub(r"\((r|tm)\)", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", plain + suffix).strip("-")
-
-
-def cpu_name() -> str:
-    """The processor's model name, as far as the operating system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine() or "CPU"
 
 
 def _version(package: str) -> str:

@@ -7,9 +7,8 @@ import torch
 from lora_kernels import config
 from lora_kernels.errors import ArgumentError, DeviceError
 from lora_kernels.functional._checks import check_dropout_p, check_dtypes, check_rank
-from lora_kernels.ops import problem_of
-from lora_kernels.planning import Plan, make_plan
-from lora_kernels.planning.device import triton_available
+from lora_kernels.ops import plan_of, problem_of
+from lora_kernels.planning import Plan
 
 
 def explain_plan(
@@ -38,7 +37,7 @@ def explain_plan(
         training: False means that dropout is off, as in an evaluating layer.
 
     Returns:
-        Plan with `.backend`, `.strategy`, `.reason`, `.tiles` and the other choices.
+        Plan with `.backend`, `.strategy`, `.reason`, `.backward`, `.costs`, `.tiles` and the other choices.
 
     Raises:
         ArgumentError: a size, the rank or dropout_p is out of range.
@@ -64,4 +63,4 @@ def explain_plan(
     problem = problem_of(
         M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, dropout=training and dropout_p > 0, device=device
     )
-    return make_plan(problem, config.AUTO_BACKEND, triton_available=triton_available())
+    return plan_of(problem, config.AUTO_BACKEND, device)

@@ -5,8 +5,10 @@ Torch-only at import time; Triton is imported by the first call that a plan send
 
 from lora_kernels.ops._needs import Needs as Needs
 from lora_kernels.ops.linear import (
+    forget_plans as forget_plans,
     linear_backward as linear_backward,
     linear_forward as linear_forward,
     linear_implementation as linear_implementation,
+    plan_of as plan_of,
     problem_of as problem_of,
 )

@@ -168,7 +168,8 @@ def backward(
     if needs.x:
         assert weight is not None
         dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
-    wide = lora_A.dtype != dy.dtype or plan.strategy == "upcast"
+    upcast = plan.backward_way.strategy == "upcast"
+    wide = upcast or lora_A.dtype != dy.dtype
     dyb, d_lora_B = (_blockwise_lora_b if wide else _lora_b)(dy, lora_B if needs.x or needs.lora_A else None, xa, alpha)
     if wide or seed is not None:
         d_lora_A = _blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, dx)
@@ -178,7 +179,7 @@ def backward(
             torch.mm(dyb, lora_A, out=dx)
     if dx is not None:
         assert weight is not None
-        if plan.strategy == "upcast":
+        if upcast:
             _upcast_gemm(dy, weight, dx)
         else:
             dx.addmm_(dy, weight)

@@ -53,6 +53,9 @@ def forward(
             x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.xa_splits,
             precision=plan.precision, tile=plan.tile("shrink"),
         )  # fmt: skip
+        if plan.strategy == "library":
+            y = torch.mm(xa, lora_B.T) if bias is None else torch.addmm(bias, xa, lora_B.T)
+            return y.addmm_(x, weight.T), xa
         return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan), xa
 
 

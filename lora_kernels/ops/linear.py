@@ -20,8 +20,9 @@ from lora_kernels import config
 from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import _linear_torch
 from lora_kernels.ops._needs import Needs
-from lora_kernels.planning import Plan, Problem, make_plan
+from lora_kernels.planning import Backend, Plan, Problem, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
+from lora_kernels.planning.measured import row_bucket, table_of
 
 _LIBRARY = torch.library.Library("lora_kernels", "DEF")
 _LIBRARY.define(
@@ -64,7 +65,7 @@ def problem_of(
 def _plan(t: Tensor, n: int, lora_A: Tensor, seed: Tensor | None, backend: str) -> Plan:
     r, k = lora_A.shape
     tf32 = t.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return _plan_for(t.shape[0], n, k, r, t.dtype, lora_A.dtype, seed is not None, t.device, backend, tf32)
+    return _plan_for(row_bucket(t.shape[0]), n, k, r, t.dtype, lora_A.dtype, seed is not None, t.device, backend, tf32)
 
 
 @lru_cache(maxsize=4096)
@@ -82,7 +83,18 @@ def _plan_for(
 ) -> Plan:
     # A training step asks for the same few plans over and over; made anew, the two of them would cost it 20 us.
     problem = problem_of(m, n, k, r, dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, device=device)
-    return make_plan(dataclasses.replace(problem, tf32=tf32), backend, triton_available=triton_available())
+    return plan_of(dataclasses.replace(problem, tf32=tf32), backend, device)
+
+
+def plan_of(problem: Problem, backend: str, device: torch.device) -> Plan:
+    """The plan for a problem on a device that is here, with what has been measured on it."""
+    measured = table_of(device_traits(device.type, device.index).name)
+    return make_plan(problem, backend, triton_available=triton_available(), measured=measured)
+
+
+def forget_plans() -> None:
+    """Make every plan anew, with what has been measured meanwhile."""
+    _plan_for.cache_clear()
 
 
 class LinearImplementation(Protocol):
@@ -119,17 +131,15 @@ class LinearImplementation(Protocol):
         """Gradients of x, weight, lora_A, lora_B, bias; None where not needed."""
 
 
-def linear_implementation(plan: Plan) -> LinearImplementation:
-    """The module that serves a plan: for the ops below, and for checks that go through the strategies one by one."""
-    if plan.backend == "triton":
+def linear_implementation(backend: Backend) -> LinearImplementation:
+    """The module that serves one direction of a plan: for the ops below, and for checks that force a strategy."""
+    if backend == "triton":
         from lora_kernels.ops import _linear_triton
 
         return _linear_triton
-    if plan.backend == "torch":
+    if backend == "torch":
         return _linear_torch
-    raise UnsupportedError(
-        f"the registered op serves 'torch' and 'triton'; got {plan.backend!r}. Call lora_linear instead."
-    )
+    raise UnsupportedError(f"the registered op serves 'torch' and 'triton'; got {backend!r}. Call lora_linear instead.")
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -171,7 +181,7 @@ def _forward(
     x = _flat(x)
     plan = _plan(x, weight.shape[0], lora_A, seed, backend)
     with _plain(x):
-        y, xa = linear_implementation(plan).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
+        y, xa = linear_implementation(plan.backend).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
     return y.view(*leading, -1), xa.view(*leading, -1)
 
 
@@ -213,7 +223,7 @@ def _backward(
     x, xa = None if x is None else _flat(x), None if xa is None else _flat(xa)
     plan = _plan(dy, dy.shape[1], lora_A, seed, backend)
     with _plain(dy):
-        dx, *others = linear_implementation(plan).backward(
+        dx, *others = linear_implementation(plan.backward_way.backend).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
         )
     gradients = (None if dx is None else dx.view(*leading, -1), *others)

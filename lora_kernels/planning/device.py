@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
+import re
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 
 class DeviceTraits(NamedTuple):
-    """arch as the compiler names it ("sm_90", "gfx942"), or the device's type; sm_count multiprocessors."""
+    """arch as the compiler names it ("sm_90", "gfx942"), or the device's type; sm_count multiprocessors; its name."""
 
     arch: str
     sm_count: int
+    name: str
 
 
 @cache
 def device_traits(device_type: str, index: int | None) -> DeviceTraits:
     """Traits of one device; index None is the current one."""
     if device_type != "cuda":
-        return DeviceTraits(device_type, 1)
+        return DeviceTraits(device_type, 1, f"{cpu_name()}, {torch.get_num_threads()} threads")
     properties = torch.cuda.get_device_properties(index)
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return DeviceTraits(arch, properties.multi_processor_count)
+    return DeviceTraits(arch, properties.multi_processor_count, properties.name)
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the operating system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine() or "CPU"
 
 
 @cache

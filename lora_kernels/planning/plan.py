@@ -1,29 +1,45 @@
-"""Problem → Plan: the backend, the strategy, the tiles and the reason, from rules in one place.
+"""Problem → Plan: the backend, the strategy of each direction, the tiles and the reason, from rules in one place.
 
-The rules are arithmetic, not yet measurements. One pass over [M, N] in 2 bytes costs about 184 / K of the base GEMM on
-an H200, so what decides is how many passes a composition makes and whether a GEMM of ours must compete with the
-library's.
+What can serve a direction is a list of ways. Where this device has measured them (`lora-kernels tune`), the fastest is
+taken; elsewhere, on a GPU, the one that the cost model finds cheapest, and on a CPU a rule. M counts in buckets of
+powers of two, so a stream of batch sizes shares a few plans.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from lora_kernels.errors import ArgumentError, UnsupportedError
 from lora_kernels.planning import tiles
+from lora_kernels.planning.cost import Costs
+from lora_kernels.planning.measured import Direction, Key, Timings, row_bucket
 from lora_kernels.planning.tiles import Family, Tile, Width
 
 Backend = Literal["torch", "triton", "reference"]
-Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "eager"]
+Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "persistent", "fused", "eager"]
 
 UPCAST_ROWS = 16
-"""From this M on, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
+"""Above this M, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
 SPLITS_MAX = 64
 OLDEST_SM = 80
+MODEL_MARGIN = 1.05
+"""What a way must win over the library's by, in the model, to be taken unmeasured: its rates are no better known."""
+
+
+class Way(NamedTuple):
+    """One composition that can serve a direction; prints as "triton/shrink_fused"."""
+
+    backend: Backend
+    strategy: Strategy
+
+    def __str__(self) -> str:
+        return f"{self.backend}/{self.strategy}"
 
 
 @dataclass(frozen=True)
@@ -56,25 +72,51 @@ class Problem:
         unknown: Family = "cdna3" if self.arch.startswith("gfx") else "ada"
         return tiles.FAMILY_OF_ARCH.get(self.arch, unknown)
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether the large GEMMs may use tensor descriptors."""
+        return tiles.has_tma(self.family, self.width) and not self.interpreted
+
+    def key(self, direction: Direction) -> Key:
+        """Under which measured times of it are kept."""
+        dtype, adapter_dtype = (str(d).removeprefix("torch.") for d in (self.dtype, self.adapter_dtype))
+        return Key(direction, row_bucket(self.M), self.N, self.K, self.R, dtype, adapter_dtype, self.dropout)
+
+
+LIBRARY = Way("torch", "library")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+BACKWARD_OF: Mapping[Strategy, Strategy] = {"one_pass": "fused", "shrink_fused": "fused"}
+"""The backward that goes with a forward where nothing else is said; the others have their own name's."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """What will run, and why.
 
     Attributes:
-        backend: "torch" (library GEMMs), "triton" or "reference".
-        strategy: "library" GEMMs in x's dtype, "upcast" to fp32 block by block, "one_pass", "shrink_fused", or "eager".
-        reason: one sentence.
+        backend: of the forward: "torch" (library GEMMs), "triton" or "reference".
+        strategy: of the forward. "library" GEMMs in x's dtype, after `shrink` in the triton backend; "upcast" to fp32
+            block by block; "one_pass"; "shrink_fused"; "persistent"; "eager".
+        reason: one sentence on the forward, and one on the backward where that was chosen by itself.
+        backward: backend and strategy of the backward: "library", "upcast" or "eager" as above; "fused": the GEMM of dx
+            adds its low-rank term; "persistent": the same in the persistent kernel.
+        costs: microseconds of the ways that were compared for the forward, cheapest first, by their names.
+        backward_costs: the same for the backward.
+        measured: whether the forward's costs were measured on this device, rather than modelled.
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
         use_tma: whether the large GEMMs may use tensor descriptors.
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
-        tiles: the tile of each kernel, by the kernel's name.
+        tiles: the tile of each kernel, by the kernel's name; "backward.<kernel>" where the backward has its own.
     """
 
     backend: Backend
     strategy: Strategy
     reason: str
+    backward: Way | None = None
+    costs: tuple[tuple[str, float], ...] = ()
+    backward_costs: tuple[tuple[str, float], ...] = ()
+    measured: bool = False
     precision: str = "ieee"
     use_tma: bool = False
     dy_reads: int = 1
@@ -84,9 +126,15 @@ class Plan:
     d_lora_B_splits: int = 1  # noqa: N815
     tiles: tuple[tuple[str, Tile], ...] = ()
 
-    def tile(self, kernel: str) -> Tile:
+    @property
+    def backward_way(self) -> Way:
+        """`backward`, or what goes with the forward where that is None."""
+        return self.backward or Way(self.backend, BACKWARD_OF.get(self.strategy, self.strategy))
+
+    def tile(self, kernel: str, *, backward: bool = False) -> Tile:
         """The tile of one kernel."""
-        return dict(self.tiles)[kernel]
+        table = dict(self.tiles)
+        return table.get(f"backward.{kernel}", table[kernel]) if backward else table[kernel]
 
 
 @cache
@@ -119,25 +167,40 @@ def obstacle_to_triton(
     return None
 
 
-def _torch_plan(problem: Problem, reason: str) -> Plan:
+def _cpu_way(problem: Problem) -> tuple[Way, str]:
     half = problem.dtype in (torch.float16, torch.bfloat16)
-    if problem.device_type == "cpu" and half and problem.M >= UPCAST_ROWS and not _cpu_multiplies(problem.dtype):
+    if half and problem.M > UPCAST_ROWS and not _cpu_multiplies(problem.dtype):
         name = str(problem.dtype).removeprefix("torch.")
-        return Plan(
-            "torch", "upcast", f"{reason}; this CPU has no {name} matrix instructions, so blocks are computed in fp32"
-        )
-    return Plan("torch", "library", reason)
+        return Way("torch", "upcast"), f"this CPU has no {name} matrix instructions, so blocks are computed in fp32"
+    return Way("torch", "library"), "library GEMMs serve a CPU best"
 
 
-def _is_decode(problem: Problem) -> bool:
-    """Whether one_pass reads the weight once: one row of tiles, and columns enough to fill a third of the GPU."""
-    if tiles.ONE_PASS_RANK[problem.width] < problem.R or problem.dropout:
+def ways_of(problem: Problem, direction: Direction, backends: tuple[Backend, ...]) -> list[Way]:
+    """Every composition of these backends that can serve the problem in one direction; at least one for each."""
+    backward = direction == "backward"
+    ways: list[Way] = []
+    if "torch" in backends:
+        ways.append(Way("torch", "library"))
+        if problem.device_type == "cpu" and problem.dtype in (torch.float16, torch.bfloat16):
+            ways.append(Way("torch", "upcast"))
+    if "triton" in backends:
+        ways.append(Way("triton", "fused" if backward else "shrink_fused"))
+        if backward or problem.width != "mixed":  # library products of fp32 adapters would pass through fp32 copies
+            ways.append(Way("triton", "library"))
+        if not backward and _one_row_of_tiles(problem):
+            ways.append(Way("triton", "one_pass"))
+    return ways
+
+
+def _one_row_of_tiles(problem: Problem) -> bool:
+    """Whether one_pass reads the weight once: M fits one tile, whose accumulators fit the registers."""
+    if tiles.ONE_PASS_RANK[problem.width] < problem.R:
         return False
-    tile = tiles.one_pass_tile(problem.family, problem.width, problem.M, problem.R)
-    return tile.block_m >= problem.M and 3 * _tiles(problem.N, tile.block_n) >= problem.sm_count
+    return tiles.one_pass_tile(problem.family, problem.width, problem.M, problem.R).block_m >= problem.M
 
 
-def _triton_plan(problem: Problem, reason: str) -> Plan:
+def _kernel_choices(problem: Problem) -> Plan:
+    """What the kernels run with, whichever of them run: tiles, splits, precision."""
     family, width, m, rank = problem.family, problem.width, problem.M, problem.R
     nvidia = family != "cdna3"
     table = {
@@ -165,11 +228,11 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
     one_read = rank <= lora_b.block_r and not shares_outweigh_dy
     return Plan(
         backend="triton",
-        strategy="one_pass" if _is_decode(problem) else "shrink_fused",
-        reason=reason,
+        strategy="shrink_fused",
+        reason="",
         precision=precision,
         dy_reads=1 if one_read else 2,
-        use_tma="gemm_expand_tma" in table and not problem.interpreted,
+        use_tma=problem.has_descriptors,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
         d_lora_A_splits=_splits(
@@ -191,8 +254,40 @@ def _splits(problem: Problem, programs: int, steps: int) -> int:
     return max(1, min(problem.sm_count // max(programs, 1), steps, SPLITS_MAX))
 
 
-def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan:
+def _cheapest(
+    problem: Problem, direction: Direction, ways: list[Way], timings: Timings
+) -> tuple[Way, tuple[tuple[str, float], ...], str]:
+    """The way to take, what each would cost, and one sentence."""
+    known = {way: timings[str(way)].us for way in ways if str(way) in timings}
+    if known:
+        source = "measured on this device"
+    elif len(ways) == 1 or (problem.device_type == "cpu" and LIBRARY not in ways):
+        return ways[0], (), ""
+    elif problem.device_type == "cpu":
+        way, reason = _cpu_way(problem)
+        return way, (), reason
+    else:
+        costs = Costs(problem)
+        known = {way: costs.of(way, backward=direction == "backward") for way in ways}
+        source = "modelled, not measured on this device"
+    ranked = sorted(known, key=known.__getitem__)
+    chosen = ranked[0]
+    if LIBRARY in known and source.startswith("modelled") and known[LIBRARY] < MODEL_MARGIN * known[chosen]:
+        chosen, source = LIBRARY, f"{source}, and within {MODEL_MARGIN:.0%} of the library's"
+    figures = ", ".join(f"{way} {known[way]:.4g} us" for way in ranked)
+    return chosen, tuple((str(way), known[way]) for way in ranked), f"{source}: {figures}"
+
+
+def make_plan(
+    problem: Problem, backend: str, *, triton_available: bool, measured: Mapping[Key, Timings] | None = None
+) -> Plan:
     """The plan for one problem; an explicit backend is honoured or raises, only "auto" chooses.
+
+    Args:
+        problem: what is to be computed, and where.
+        backend: "auto", "torch", "triton" or "reference".
+        triton_available: whether triton can be imported.
+        measured: times of this device (`measured.table_of`); None where there are none.
 
     Raises:
         UnsupportedError: the named backend cannot serve the problem; the message says why.
@@ -201,28 +296,48 @@ def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan
         return Plan("reference", "eager", "asked for by name")
     if backend not in ("auto", "torch", "triton"):
         raise ArgumentError(f"backend must be 'auto', 'torch', 'triton' or 'reference'; got {backend!r}.")
+    problem = dataclasses.replace(problem, M=row_bucket(problem.M))
     obstacle = obstacle_to_triton(
         problem.dtype, problem.arch, problem.device_type,
         interpreted=problem.interpreted, triton_available=triton_available,
     )  # fmt: skip
+    backends: tuple[Backend, ...] = ("torch", "triton")
+    why = ""
     if backend == "torch":
-        return _torch_plan(problem, "asked for by name")
-    if backend == "triton":
+        backends, why = ("torch",), "asked for by name"
+    elif backend == "triton":
         if obstacle:
             raise UnsupportedError(
                 f"backend='triton' cannot serve this problem: {obstacle}. Use backend='auto' to fall back."
             )
-        return _triton_plan(problem, "asked for by name")
-    if problem.device_type == "cpu":
-        return _torch_plan(problem, "tensors are on the CPU, which library GEMMs serve best")
-    if obstacle:
-        return _torch_plan(problem, obstacle)
-    if _is_decode(problem):
-        return _triton_plan(problem, "few rows: the weight's bytes are the cost, and one launch reads them once")
-    if problem.dropout:
-        return _triton_plan(
-            problem, "dropout: the mask is recomputed in registers; in library calls it would be passes over x"
-        )
-    if problem.width == "mixed":
-        return _triton_plan(problem, "fp32 adapters on a 16-bit base: the kernels multiply them without casting x")
-    return _torch_plan(problem, "no measurement of this GPU says that a fused GEMM beats the library's at this M")
+        backends, why = ("triton",), "asked for by name"
+    elif problem.device_type == "cpu" or obstacle:
+        backends = ("torch",)
+        why = "tensors are on the CPU" if problem.device_type == "cpu" else str(obstacle)
+
+    chosen: dict[Direction, tuple[Way, tuple[tuple[str, float], ...], str]] = {}
+    timed: dict[Direction, Timings] = {}
+    for direction in DIRECTIONS:
+        timed[direction] = (measured or {}).get(problem.key(direction), {})
+        chosen[direction] = _cheapest(problem, direction, ways_of(problem, direction, backends), timed[direction])
+    (way, costs, reason), (backward, backward_costs, backward_reason) = chosen["forward"], chosen["backward"]
+    base = _kernel_choices(problem) if "triton" in (way.backend, backward.backend) else Plan("torch", "library", "")
+    table = dict(base.tiles)
+    for direction in DIRECTIONS:
+        prefix = "" if direction == "forward" else "backward."
+        timing = timed[direction].get(str(chosen[direction][0]))
+        table |= {prefix + kernel: tile for kernel, tile in (timing.tiles if timing else ())}
+    reason = "; ".join(part for part in (why, reason) if part)
+    if backward_costs:
+        reason += f". Backward: {backward_reason}"
+    return dataclasses.replace(
+        base,
+        backend=way.backend,
+        strategy=way.strategy,
+        reason=reason,
+        backward=backward,
+        costs=costs,
+        backward_costs=backward_costs,
+        measured=str(way) in timed["forward"],
+        tiles=tuple(table.items()),
+    )

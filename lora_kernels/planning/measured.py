@@ -1,0 +1,176 @@
+"""Times measured on this very device: what `lora-kernels tune` found, kept in one JSON file per device.
+
+A file holds for its format, package, torch and Triton version; any other is left alone, with one warning. Files are
+written beside and moved into place, so a reader sees the old one or the new one. A file that cannot be read is ignored,
+with one warning, until the next tuning writes it anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from lora_kernels import config
+from lora_kernels.planning.tiles import Tile
+
+FORMAT = 1
+SMALLEST_ROWS = 16
+
+Direction = Literal["forward", "backward"]
+
+
+def row_bucket(m: int) -> int:
+    """M as plans see it: the next power of two, and 16 at least, so that a stream of batch sizes shares a few plans."""
+    return max(SMALLEST_ROWS, 1 << (max(m, 1) - 1).bit_length())
+
+
+class Key(NamedTuple):
+    """One problem in one direction. M: a `row_bucket`; dtypes as torch spells them."""
+
+    direction: Direction
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: str
+    adapter_dtype: str
+    dropout: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """us: median microseconds. tiles: the tile of each kernel that was tuned for it, by the kernel's name."""
+
+    us: float
+    tiles: tuple[tuple[str, Tile], ...] = ()
+
+
+Timings = Mapping[str, Timing]
+"""By way, as `Way` prints itself: "triton/shrink_fused"."""
+Table = dict[Key, dict[str, Timing]]
+
+_lock = threading.Lock()
+_loaded: dict[str, Table] = {}
+
+
+def table_of(device_name: str) -> Table:
+    """The device's measured times; read once per process."""
+    with _lock:
+        if device_name not in _loaded:
+            _loaded[device_name] = _read(path_of(device_name), device_name)
+        return _loaded[device_name]
+
+
+def record(device_name: str, key: Key, timings: Timings) -> Path | None:
+    """Keep the times of one problem, in this process and on disk; None where the cache is switched off."""
+    path = path_of(device_name)
+    with _lock:
+        # Read again: another process may have tuned meanwhile.
+        table = _loaded.get(device_name, {}) | _read(path, device_name)
+        table[key] = dict(timings)
+        _loaded[device_name] = table
+        if path is not None:
+            _write(path, device_name, table)
+    return path
+
+
+def forget() -> None:
+    """Read the files anew at the next question."""
+    with _lock:
+        _loaded.clear()
+
+
+def path_of(device_name: str) -> Path | None:
+    """The device's file; None where LORA_KERNELS_CACHE switches it off."""
+    if config.CACHE is None:
+        return None
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return config.CACHE / f"plans-{slug}.json"
+
+
+def _header(device_name: str) -> dict[str, Any]:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    from lora_kernels import __version__
+
+    return {
+        "format": FORMAT,
+        "device": device_name,
+        "lora_kernels": __version__,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
+
+
+def _read(path: Path | None, device_name: str) -> Table:
+    if path is None or not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        header, expected = {name: content.get(name) for name in _header("")}, _header(device_name)
+        if header != expected:
+            differing = ", ".join(f"{n} {header[n]!r}, not {expected[n]!r}" for n in expected if header[n] != expected[n])
+            _warn(f"{path} was tuned for {differing}: ignored. Run `lora-kernels tune` to measure anew.")
+            return {}
+        return {_key(row): {way: _timing(found) for way, found in row["ways"].items()} for row in content["rows"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _warn(
+            f"{path} cannot be read ({type(error).__name__}: {error}): ignored. "
+            "The next `lora-kernels tune` writes it anew."
+        )
+        return {}
+
+
+def _key(row: dict[str, Any]) -> Key:
+    key = Key(**{name: row[name] for name in Key._fields})
+    if key.direction not in ("forward", "backward") or not all(isinstance(size, int) for size in key[1:5]):
+        raise ValueError(f"not a problem: {key}")
+    return key
+
+
+def _timing(found: dict[str, Any]) -> Timing:
+    us = float(found["us"])
+    if not us > 0:
+        raise ValueError(f"a time must be positive; got {us}")
+    return Timing(us, tuple((kernel, Tile(**tile)) for kernel, tile in found.get("tiles", {}).items()))
+
+
+def _write(path: Path, device_name: str, table: Table) -> None:
+    rows = [
+        {
+            **key._asdict(),
+            "ways": {
+                way: {"us": timing.us, "tiles": {kernel: dataclasses.asdict(tile) for kernel, tile in timing.tiles}}
+                for way, timing in timings.items()
+            },
+        }
+        for key, timings in sorted(table.items())
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({**_header(device_name), "rows": rows}, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
