@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels info | check | bench`, also as `python -m lora_kernels`.
+"""The command line: `lora-kernels info | check | bench | tune`, also as `python -m lora_kernels`.
 
 Exit status: 0 done, 1 the command found a fault (a failed check, a refused benchmark), 2 it was called wrongly.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lora_kernels.cli import bench, check, info
+from lora_kernels.cli import bench, check, info, tune
 from lora_kernels.errors import LoRAKernelsError
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; argv None means the process's own arguments. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="Fused LoRA for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (info, check, bench):
+    for command in (info, check, bench, tune):
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

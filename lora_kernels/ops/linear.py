@@ -181,7 +181,9 @@ def _forward(
     x = _flat(x)
     plan = _plan(x, weight.shape[0], lora_A, seed, backend)
     with _plain(x):
-        y, xa = linear_implementation(plan.backend).forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan)
+        y, xa = linear_implementation(plan.backend).forward(
+            x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan
+        )
     return y.view(*leading, -1), xa.view(*leading, -1)
 
 

@@ -115,7 +115,7 @@ class Costs:
         return p.M * p.K * TORCH_MASK_BYTES / self._bytes_us if p.dropout else 0.0
 
     def _conversion(self, rows: int, columns: int) -> float:
-        """fp32 blocks of a 16-bit tensor, written and read, where the library cannot mix dtypes or a mask needs them."""
+        """fp32 blocks of a 16-bit tensor, written and read: the library cannot mix dtypes, and a mask needs them."""
         p = self._problem
         wide = p.dtype.itemsize == 2 and (p.width == "mixed" or p.dropout)
         return self._pass(rows, columns, 2, itemsize=4) if wide else 0.0

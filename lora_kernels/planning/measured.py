@@ -106,12 +106,10 @@ def _header(device_name: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    from lora_kernels import __version__
-
     return {
         "format": FORMAT,
         "device": device_name,
-        "lora_kernels": __version__,
+        "lora_kernels": version("lora-kernels"),
         "torch": torch.__version__,
         "triton": version("triton"),
     }
@@ -124,7 +122,9 @@ def _read(path: Path | None, device_name: str) -> Table:
         content = json.loads(path.read_text(encoding="utf-8"))
         header, expected = {name: content.get(name) for name in _header("")}, _header(device_name)
         if header != expected:
-            differing = ", ".join(f"{n} {header[n]!r}, not {expected[n]!r}" for n in expected if header[n] != expected[n])
+            differing = ", ".join(
+                f"{n} {header[n]!r}, not {expected[n]!r}" for n in expected if header[n] != expected[n]
+            )
             _warn(f"{path} was tuned for {differing}: ignored. Run `lora-kernels tune` to measure anew.")
             return {}
         return {_key(row): {way: _timing(found) for way, found in row["ways"].items()} for row in content["rows"]}

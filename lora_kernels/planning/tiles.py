@@ -74,6 +74,7 @@ _GEMM_TMA: dict[Family, tuple[Tile, Tile]] = {
 # The dropout mask and a second accumulator live in the epilogue of dx: half the tile.
 _GEMM_TMA_DROPOUT = _tile(128, 128, 64, 8, 3)
 _GEMM_CDNA3_DROPOUT = _tile(64, 128, 32, 8, 2)
+_VARIANTS: dict[tuple[Family, str], tuple[Tile, ...]] = {}
 FEW_ROWS = 64
 """Up to this M the tall GEMM tile would be mostly padding."""
 ONE_PASS_RANK: dict[Width, int] = {"16": 128, "mixed": 64, "32": 32}
@@ -163,6 +164,12 @@ def bwd_lora_a_tile(family: Family, width: Width, rank: int) -> Tile:
     return Tile(
         block_m=64, block_k=128 if width == "16" else 64, block_r=block_r, num_stages=2 if family == "cdna3" else 3
     )
+
+
+def variants(family: Family, width: Width, kernel: str, tile: Tile) -> tuple[Tile, ...]:
+    """Other tiles of a kernel that tuning tries beside the planned one, with its step over the rank."""
+    others = _VARIANTS.get((family, kernel), ()) if width == "16" else ()
+    return tuple(t for other in others if (t := replace(other, block_r=tile.block_r)) != tile)
 
 
 @dataclass(frozen=True)

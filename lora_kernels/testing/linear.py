@@ -118,7 +118,9 @@ def run_linear_plan(inputs: LinearInputs, plan: Plan) -> dict[str, Tensor]:
     """One forward and backward as `plan` says, whatever the planner would choose: names as in `run_linear`."""
     i, p = inputs, inputs.dropout_p
     seed = torch.full((1,), i.dropout_seed, dtype=torch.int64, device=i.x.device) if p > 0 else None
-    y, xa = ops.linear_implementation(plan.backend).forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, i.scaling, p, plan)
+    y, xa = ops.linear_implementation(plan.backend).forward(
+        i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, i.scaling, p, plan
+    )
     needs = ops.Needs(x=True, weight=True, lora_A=True, lora_B=True, bias=i.bias is not None)
     backward = ops.linear_implementation(plan.backward_way.backend).backward
     gradients = backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, i.scaling, p, needs, plan)
