@@ -1,0 +1,163 @@
+"""Direct launches, against a driver that records them: the same binary and arguments as the JIT's own launch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.kernels import launch as launching
+from lora_kernels.kernels.launch import launch
+
+
+@triton.jit(do_not_specialize=["M", "scale"])
+def toy_kernel(x_ptr, y_ptr, none_ptr, M, N, scale, stride_x, HAS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs * stride_x, mask=offs < M)
+    if HAS:
+        x += N
+    tl.store(y_ptr + offs, (x * scale).to(y_ptr.dtype.element_ty), mask=offs < M)
+
+
+@triton.jit
+def descriptor_kernel(x_desc, y_ptr, BLOCK: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.sum(x_desc.load([0, 0]), 0))
+
+
+class Driver:
+    """As much of Triton's driver as a launch touches; keeps (binary, grid, arguments) of each."""
+
+    def __init__(self):
+        self.launches, self.hooks, self.loaded = [], [], 0
+        self.utils = SimpleNamespace(load_binary=self.load, get_device_properties=lambda _: {"max_shared_mem": 232448})
+
+    def load(self, *_):
+        self.loaded += 1
+        return object(), self.loaded, 32, 0, 1024
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, src, metadata):
+        def run(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
+            self.hooks.append(enter_hook)
+            self.launches.append((function, (x, y, z), [id(a) if isinstance(a, torch.Tensor) else a for a in args]))
+
+        return run
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_specialised", {})
+    for kernel in (toy_kernel, descriptor_kernel):
+        kernel.device_caches.clear()
+    yield driver
+    for kernel in (toy_kernel, descriptor_kernel):
+        kernel.device_caches.clear()
+
+
+X, Y = torch.randn(256), torch.empty(256)
+HALF = X.half()
+UNALIGNED = torch.randn(257)[1:]
+CONSTEXPRS = {"HAS": True, "BLOCK": 64}
+
+# Arguments, constexprs, options: each next to one that Triton serves with another binary, or with the same.
+CALLS = [
+    ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {}),
+    ((X, Y, None, 131, 100, 3.0, 1), CONSTEXPRS, {}),  # M and scale are not specialised: the same binary
+    ((X, Y, None, 200, 100, 2, 1), CONSTEXPRS, {}),  # an int where a float was
+    ((X, Y, None, 2**33, 100, 2.0, 1), CONSTEXPRS, {}),
+    ((X, Y, None, 200, 112, 2.0, 1), CONSTEXPRS, {}),  # a multiple of 16
+    ((X, Y, None, 200, 1, 2.0, 1), CONSTEXPRS, {}),
+    ((X, Y, None, 200, 2**33, 2.0, 1), CONSTEXPRS, {}),
+    ((X, Y, None, 200, 101, 2.0, 1), CONSTEXPRS, {}),  # the same class as 100
+    ((X, Y, None, 200, 100, 2.0, 2), CONSTEXPRS, {}),
+    ((HALF, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {}),
+    ((UNALIGNED, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {}),
+    ((X, Y, X, 200, 100, 2.0, 1), CONSTEXPRS, {}),
+    ((X, Y, None, 200, 100, 2.0, 1), {"HAS": False, "BLOCK": 64}, {}),
+    ((X, Y, None, 200, 100, 2.0, 1), {"HAS": True, "BLOCK": 128}, {}),
+    ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {"num_warps": 8}),
+    ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {"num_warps": 4, "num_stages": 2}),
+]
+
+
+def test_the_binary_and_the_arguments_are_the_jits(driver):
+    for args, constexprs, options in CALLS * 2:  # first through the JIT, then directly
+        launch(toy_kernel, (4,), args, constexprs, **options)
+        toy_kernel[(4,)](*args, **constexprs, **options)
+        direct, jit = driver.launches[-2:]
+        assert direct == jit, (args, constexprs, options)
+    assert len({function for function, *_ in driver.launches}) >= 12
+
+
+def test_the_second_launch_does_not_ask_the_jit(driver, monkeypatch):
+    for args, constexprs, options in CALLS:
+        launch(toy_kernel, (4, 2), args, constexprs, **options)
+    before = list(driver.launches)
+    monkeypatch.setattr(type(toy_kernel), "run", lambda *_, **__: pytest.fail("asked the JIT"))
+    for args, constexprs, options in CALLS:
+        launch(toy_kernel, (4, 2), args, constexprs, **options)
+    assert driver.launches[len(before) :] == before
+
+
+def test_descriptors(driver):
+    for source in (torch.randn(64, 64), torch.randn(128, 64), torch.randn(64, 64).half()):
+        for block in ([16, 32], [32, 32]):
+            for _ in range(2):
+                described = TensorDescriptor.from_tensor(source, block)
+                launch(descriptor_kernel, (1,), (described, Y), {"BLOCK": block[1]})
+                descriptor_kernel[(1,)](described, Y, BLOCK=block[1])
+                direct, jit = driver.launches[-2:]
+                assert direct == jit
+    assert len({function for function, *_ in driver.launches}) == 4
+
+
+def test_each_device_has_its_own(driver, monkeypatch):
+    launch(toy_kernel, (4,), *CALLS[0][:2])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(driver, "get_current_device", lambda: 1)
+    launch(toy_kernel, (4,), *CALLS[0][:2])
+    first, second = driver.launches
+    assert first[0] != second[0]
+
+
+def test_constexprs_out_of_order_are_noticed(driver):
+    with pytest.raises(AssertionError, match=r"must be \('HAS', 'BLOCK'\), in this order"):
+        launch(toy_kernel, (4,), CALLS[0][0], {"BLOCK": 64, "HAS": True})
+
+
+def test_a_profilers_hooks_are_called(driver, monkeypatch):
+    launch(toy_kernel, (4,), *CALLS[0][:2])
+    launch(toy_kernel, (4,), *CALLS[0][:2])
+    seen = []
+    triton.knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        launch(toy_kernel, (4,), *CALLS[0][:2])
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(seen.append)
+    by_jit, direct, profiled = driver.launches
+    assert by_jit == direct == profiled
+    assert driver.hooks == [triton.knobs.runtime.launch_enter_hook, None, triton.knobs.runtime.launch_enter_hook]
+
+
+def test_a_full_table_is_emptied_and_goes_on(driver, monkeypatch):
+    monkeypatch.setattr(launching, "MOST_BINARIES", 3)
+    for n in range(2, 12):
+        launch(toy_kernel, (4,), (X, Y, None, 200, n, 2.0, 1), CONSTEXPRS)
+        assert len(launching._compiled) <= 3
+    assert len(driver.launches) == 10
+    assert driver.loaded == 1  # 2 to 11 are one class
