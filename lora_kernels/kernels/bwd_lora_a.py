@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import keep_tile, low_rank_dot
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -63,7 +64,8 @@ def bwd_lora_a(
     splits = triton.cdiv(m, rows_per_split)
     partials = torch.empty((splits, r, k), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(k, tile.block_k), splits, triton.cdiv(r, tile.block_r))
-    bwd_lora_a_kernel[grid](
+    launch(
+        bwd_lora_a_kernel, grid,
         x, dyb, seed, partials,
         m, k, r, rows_per_split, threshold,
         *x.stride(),

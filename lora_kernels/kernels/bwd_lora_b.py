@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import kahan_add, low_rank_dot
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -103,7 +104,8 @@ def bwd_lora_b(
     d_lora_B = shares(splits, n, r) if xa is not None else None
     d_bias = shares(splits, n) if bias_dtype is not None else None
     grid = (columns, splits, triton.cdiv(r, tile.block_r))
-    bwd_lora_b_kernel[grid](
+    launch(
+        bwd_lora_b_kernel, grid,
         dy, lora_B, xa, dyb, d_lora_B, d_bias,
         m, n, r, rows_per_split,
         *dy.stride(), *lora_B.stride(),

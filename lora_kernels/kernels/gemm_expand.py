@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import expand_into, grouped_tile
+from lora_kernels.kernels.launch import launch
 from lora_kernels.planning.tiles import Tile
 
 
@@ -76,7 +77,8 @@ def gemm_expand(
     (m, k), n = lhs.shape, rhs.shape[1]
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    gemm_expand_kernel[grid](
+    launch(
+        gemm_expand_kernel, grid,
         lhs, rhs, s, e, bias, seed, out,
         m, n, k, s.shape[1], threshold,
         *lhs.stride(), *rhs.stride(), s.stride(0), *e.stride(), n,

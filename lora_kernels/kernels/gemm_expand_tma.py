@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels.device import expand_into, grouped_tile
+from lora_kernels.kernels.launch import launch
 from lora_kernels.planning.tiles import Tile
 
 ALIGNMENT_BYTES = 16
@@ -83,7 +84,8 @@ def gemm_expand_tma(
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
     weight_block = [tile.block_n, tile.block_k] if transpose_weight else [tile.block_k, tile.block_n]
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    gemm_expand_tma_kernel[grid](
+    launch(
+        gemm_expand_tma_kernel, grid,
         TensorDescriptor.from_tensor(lhs, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, weight_block),
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]),

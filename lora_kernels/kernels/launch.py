@@ -8,7 +8,6 @@ their exact value, which is finer than Triton's classes (1, multiple of 16, 64-b
 What Triton's settings (`triton.knobs`) were when a binary was first made is what its later launches get.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,17 +29,28 @@ _specialised: dict[int, tuple[bool, ...]] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: Mapping[str, Any], **options: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int = 3,
+    launch_pdl: bool = False,
+    **constexprs: Any,
 ) -> None:
-    """kernel[grid](*args, **constexprs, **options).
+    """kernel[grid](*args, **constexprs), with the options for a launch between them.
 
     Args:
         kernel: a `@triton.jit` function whose parameters are args, then constexprs.
         grid: one to three sizes.
         args: tensors, host descriptors, integers, floats and None, in the kernel's order.
+        num_warps: of the kernel's tile.
+        num_stages: of the kernel's tile.
+        launch_pdl: whether it may start before the kernel ahead of it has ended (sm_90 and later).
         constexprs: the constexpr parameters, by name, in the kernel's order.
-        options: num_warps, num_stages, launch_pdl.
     """
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+    if launch_pdl:  # AMD's compiler does not know the option
+        options["launch_pdl"] = True
     if is_interpreting():
         kernel[grid](*args, **constexprs, **options)
         return
@@ -52,7 +62,7 @@ def launch(
         specialised = _specialised[identity] = tuple(not p.do_not_specialize for p in kernel.params[: len(args)])
     device = torch.cuda.current_device()
     values = tuple(constexprs.values())
-    key = (identity, device, *map(_trait, args, specialised), values, *options.values())
+    key = (identity, device, *map(_trait, args, specialised), values, num_warps, num_stages, launch_pdl)
     compiled = _compiled.get(key)
     if compiled is None:
         if len(_compiled) >= MOST_BINARIES:

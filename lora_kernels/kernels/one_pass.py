@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import expand_dot, grouped_tile, keep_tile, low_rank_dot
+from lora_kernels.kernels.launch import launch
 from lora_kernels.planning.tiles import Tile
 
 
@@ -92,7 +93,8 @@ def one_pass(
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     xa = torch.empty((m, r), dtype=lora_A.dtype, device=x.device)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    one_pass_kernel[grid](
+    launch(
+        one_pass_kernel, grid,
         x, weight, lora_A, lora_B, bias, seed, y, xa,
         m, n, k, r, scale, threshold,
         *x.stride(), *weight.stride(), *lora_A.stride(), *lora_B.stride(),

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import kahan_add
+from lora_kernels.kernels.launch import launch
 
 BLOCK = 1024
 
@@ -33,4 +34,4 @@ def reduce_partials(*, partials: Tensor, scale: float, out: Tensor) -> None:
     """Writes scale * partials.sum(0) into the contiguous tensor `out` of shape partials.shape[1:]."""
     elements = out.numel()
     grid = (triton.cdiv(elements, BLOCK),)
-    reduce_partials_kernel[grid](partials, out, partials.shape[0], elements, scale, BLOCK=BLOCK, num_warps=4)
+    launch(reduce_partials_kernel, grid, partials, out, partials.shape[0], elements, scale, BLOCK=BLOCK, num_warps=4)

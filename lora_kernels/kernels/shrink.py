@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import keep_tile, low_rank_dot
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -77,7 +78,8 @@ def shrink(
     out = torch.empty((m, r), dtype=lora_A.dtype, device=x.device)
     target = out if splits == 1 else torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(r, tile.block_r), splits)
-    shrink_kernel[grid](
+    launch(
+        shrink_kernel, grid,
         x, lora_A, seed, target,
         m, k, r, k_per_split, scale, threshold,
         *x.stride(), *lora_A.stride(),

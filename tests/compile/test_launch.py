@@ -1,5 +1,6 @@
 """Direct launches, against a driver that records them: the same binary and arguments as the JIT's own launch."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels import launch as launching
 from lora_kernels.kernels.launch import launch
+from lora_kernels.ops import Needs, _linear_triton
+from lora_kernels.planning import Problem, make_plan
+from lora_kernels.planning.tiles import WIDTHS
+from lora_kernels.testing import make_linear_inputs
 
 
 @triton.jit(do_not_specialize=["M", "scale"])
@@ -50,14 +55,22 @@ class Driver:
     def launcher_cls(self, src, metadata):
         def run(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
             self.hooks.append(enter_hook)
-            self.launches.append((function, (x, y, z), [id(a) if isinstance(a, torch.Tensor) else a for a in args]))
+            self.launches.append((function, (x, y, z), [described(a) for a in args]))
 
         return run
 
 
+@pytest.fixture(scope="module")
+def the_driver():
+    # One for all tests: a compiled kernel keeps the launcher it was loaded with.
+    return Driver()
+
+
 @pytest.fixture
-def driver(monkeypatch):
-    driver = Driver()
+def driver(monkeypatch, the_driver):
+    driver = the_driver
+    driver.launches.clear()
+    driver.hooks.clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launching, "_compiled", {})
@@ -72,32 +85,33 @@ def driver(monkeypatch):
 X, Y = torch.randn(256), torch.empty(256)
 HALF = X.half()
 UNALIGNED = torch.randn(257)[1:]
+FOUR_WARPS = {"num_warps": 4, "num_stages": 3}
 CONSTEXPRS = {"HAS": True, "BLOCK": 64}
 
 # Arguments, constexprs, options: each next to one that Triton serves with another binary, or with the same.
 CALLS = [
-    ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {}),
-    ((X, Y, None, 131, 100, 3.0, 1), CONSTEXPRS, {}),  # M and scale are not specialised: the same binary
-    ((X, Y, None, 200, 100, 2, 1), CONSTEXPRS, {}),  # an int where a float was
-    ((X, Y, None, 2**33, 100, 2.0, 1), CONSTEXPRS, {}),
-    ((X, Y, None, 200, 112, 2.0, 1), CONSTEXPRS, {}),  # a multiple of 16
-    ((X, Y, None, 200, 1, 2.0, 1), CONSTEXPRS, {}),
-    ((X, Y, None, 200, 2**33, 2.0, 1), CONSTEXPRS, {}),
-    ((X, Y, None, 200, 101, 2.0, 1), CONSTEXPRS, {}),  # the same class as 100
-    ((X, Y, None, 200, 100, 2.0, 2), CONSTEXPRS, {}),
-    ((HALF, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {}),
-    ((UNALIGNED, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {}),
-    ((X, Y, X, 200, 100, 2.0, 1), CONSTEXPRS, {}),
-    ((X, Y, None, 200, 100, 2.0, 1), {"HAS": False, "BLOCK": 64}, {}),
-    ((X, Y, None, 200, 100, 2.0, 1), {"HAS": True, "BLOCK": 128}, {}),
-    ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {"num_warps": 8}),
+    ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, FOUR_WARPS),
+    ((X, Y, None, 131, 100, 3.0, 1), CONSTEXPRS, FOUR_WARPS),  # M and scale are not specialised: the same binary
+    ((X, Y, None, 200, 100, 2, 1), CONSTEXPRS, FOUR_WARPS),  # an int where a float was
+    ((X, Y, None, 2**33, 100, 2.0, 1), CONSTEXPRS, FOUR_WARPS),
+    ((X, Y, None, 200, 112, 2.0, 1), CONSTEXPRS, FOUR_WARPS),  # a multiple of 16
+    ((X, Y, None, 200, 1, 2.0, 1), CONSTEXPRS, FOUR_WARPS),
+    ((X, Y, None, 200, 2**33, 2.0, 1), CONSTEXPRS, FOUR_WARPS),
+    ((X, Y, None, 200, 101, 2.0, 1), CONSTEXPRS, FOUR_WARPS),  # the same class as 100
+    ((X, Y, None, 200, 100, 2.0, 2), CONSTEXPRS, FOUR_WARPS),
+    ((HALF, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, FOUR_WARPS),
+    ((UNALIGNED, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, FOUR_WARPS),
+    ((X, Y, X, 200, 100, 2.0, 1), CONSTEXPRS, FOUR_WARPS),
+    ((X, Y, None, 200, 100, 2.0, 1), {"HAS": False, "BLOCK": 64}, FOUR_WARPS),
+    ((X, Y, None, 200, 100, 2.0, 1), {"HAS": True, "BLOCK": 128}, FOUR_WARPS),
+    ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {"num_warps": 8, "num_stages": 3}),
     ((X, Y, None, 200, 100, 2.0, 1), CONSTEXPRS, {"num_warps": 4, "num_stages": 2}),
 ]
 
 
 def test_the_binary_and_the_arguments_are_the_jits(driver):
     for args, constexprs, options in CALLS * 2:  # first through the JIT, then directly
-        launch(toy_kernel, (4,), args, constexprs, **options)
+        launch(toy_kernel, (4,), *args, **constexprs, **options)
         toy_kernel[(4,)](*args, **constexprs, **options)
         direct, jit = driver.launches[-2:]
         assert direct == jit, (args, constexprs, options)
@@ -106,11 +120,11 @@ def test_the_binary_and_the_arguments_are_the_jits(driver):
 
 def test_the_second_launch_does_not_ask_the_jit(driver, monkeypatch):
     for args, constexprs, options in CALLS:
-        launch(toy_kernel, (4, 2), args, constexprs, **options)
+        launch(toy_kernel, (4, 2), *args, **constexprs, **options)
     before = list(driver.launches)
     monkeypatch.setattr(type(toy_kernel), "run", lambda *_, **__: pytest.fail("asked the JIT"))
     for args, constexprs, options in CALLS:
-        launch(toy_kernel, (4, 2), args, constexprs, **options)
+        launch(toy_kernel, (4, 2), *args, **constexprs, **options)
     assert driver.launches[len(before) :] == before
 
 
@@ -119,34 +133,34 @@ def test_descriptors(driver):
         for block in ([16, 32], [32, 32]):
             for _ in range(2):
                 described = TensorDescriptor.from_tensor(source, block)
-                launch(descriptor_kernel, (1,), (described, Y), {"BLOCK": block[1]})
-                descriptor_kernel[(1,)](described, Y, BLOCK=block[1])
+                launch(descriptor_kernel, (1,), described, Y, BLOCK=block[1], num_warps=4)
+                descriptor_kernel[(1,)](described, Y, BLOCK=block[1], num_warps=4, num_stages=3)
                 direct, jit = driver.launches[-2:]
                 assert direct == jit
     assert len({function for function, *_ in driver.launches}) == 4
 
 
 def test_each_device_has_its_own(driver, monkeypatch):
-    launch(toy_kernel, (4,), *CALLS[0][:2])
+    launch(toy_kernel, (4,), *CALLS[0][0], **CONSTEXPRS, **FOUR_WARPS)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(driver, "get_current_device", lambda: 1)
-    launch(toy_kernel, (4,), *CALLS[0][:2])
+    launch(toy_kernel, (4,), *CALLS[0][0], **CONSTEXPRS, **FOUR_WARPS)
     first, second = driver.launches
     assert first[0] != second[0]
 
 
 def test_constexprs_out_of_order_are_noticed(driver):
     with pytest.raises(AssertionError, match=r"must be \('HAS', 'BLOCK'\), in this order"):
-        launch(toy_kernel, (4,), CALLS[0][0], {"BLOCK": 64, "HAS": True})
+        launch(toy_kernel, (4,), *CALLS[0][0], BLOCK=64, HAS=True, num_warps=4)
 
 
 def test_a_profilers_hooks_are_called(driver, monkeypatch):
-    launch(toy_kernel, (4,), *CALLS[0][:2])
-    launch(toy_kernel, (4,), *CALLS[0][:2])
+    launch(toy_kernel, (4,), *CALLS[0][0], **CONSTEXPRS, **FOUR_WARPS)
+    launch(toy_kernel, (4,), *CALLS[0][0], **CONSTEXPRS, **FOUR_WARPS)
     seen = []
     triton.knobs.runtime.launch_enter_hook.add(seen.append)
     try:
-        launch(toy_kernel, (4,), *CALLS[0][:2])
+        launch(toy_kernel, (4,), *CALLS[0][0], **CONSTEXPRS, **FOUR_WARPS)
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(seen.append)
     by_jit, direct, profiled = driver.launches
@@ -154,10 +168,43 @@ def test_a_profilers_hooks_are_called(driver, monkeypatch):
     assert driver.hooks == [triton.knobs.runtime.launch_enter_hook, None, triton.knobs.runtime.launch_enter_hook]
 
 
+def described(argument):
+    if isinstance(argument, torch.Tensor):
+        return (argument.dtype, argument.shape, argument.stride())
+    return described(argument.base) if isinstance(argument, TensorDescriptor) else argument
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "shrink_fused"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_launcher_of_the_backend(driver, monkeypatch, width, p, strategy):
+    # What the interpreter's tests go around: order of arguments and constexprs in each direct launch.
+    monkeypatch.setattr(launching, "is_interpreting", lambda: False)
+    x, adapters = {"16": (torch.bfloat16,) * 2, "mixed": (torch.bfloat16, torch.float32), "32": (torch.float32,) * 2}[
+        width
+    ]
+    i = make_linear_inputs(48, 64, 80, 16, dtype=x, adapter_dtype=adapters)
+    problem = Problem(48, 64, 80, 16, x, adapters, p > 0, arch="sm_90", device_type="cuda", sm_count=8)
+    plan = replace(make_plan(problem, "triton", triton_available=True), strategy=strategy)
+    seed = torch.tensor([1]) if p else None
+
+    def step():
+        start = len(driver.launches)
+        _, xa = _linear_triton.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, 2.0, p, plan)
+        needs = Needs(x=True, weight=False, lora_A=True, lora_B=True, bias=True)
+        _linear_triton.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, 2.0, p, needs, plan)
+        return driver.launches[start:]
+
+    by_jit = step()
+    monkeypatch.setattr(type(toy_kernel), "run", lambda *_, **__: pytest.fail("asked the JIT"))
+    assert step() == by_jit
+    assert len(by_jit) >= 4
+
+
 def test_a_full_table_is_emptied_and_goes_on(driver, monkeypatch):
     monkeypatch.setattr(launching, "MOST_BINARIES", 3)
     for n in range(2, 12):
-        launch(toy_kernel, (4,), (X, Y, None, 200, n, 2.0, 1), CONSTEXPRS)
+        launch(toy_kernel, (4,), X, Y, None, 200, n, 2.0, 1, **CONSTEXPRS, num_warps=4)
         assert len(launching._compiled) <= 3
     assert len(driver.launches) == 10
-    assert driver.loaded == 1  # 2 to 11 are one class
+    assert len({function for function, *_ in driver.launches}) == 1  # 2 to 11 are one class
