@@ -23,6 +23,8 @@ Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "eager"]
 UPCAST_ROWS = 16
 """From this M on, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
 SPLITS_MAX = 64
+ONE_PASS_STEPS = 4
+"""Steps of K that a split of `one_pass` has at least, to be worth its share of the partial sums."""
 OLDEST_SM = 80
 
 
@@ -68,6 +70,7 @@ class Plan:
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
         use_tma: whether the large GEMMs may use tensor descriptors.
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
+        one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
         tiles: the tile of each kernel, by the kernel's name.
     """
@@ -78,6 +81,7 @@ class Plan:
     precision: str = "ieee"
     use_tma: bool = False
     dy_reads: int = 1
+    one_pass_splits: int = 1
     xa_splits: int = 1
     dyb_splits: int = 1
     d_lora_A_splits: int = 1  # noqa: N815 - the tensor's name
@@ -130,11 +134,10 @@ def _torch_plan(problem: Problem, reason: str) -> Plan:
 
 
 def _is_decode(problem: Problem) -> bool:
-    """Whether one_pass reads the weight once: one row of tiles, and columns enough to fill a third of the GPU."""
-    if tiles.ONE_PASS_RANK[problem.width] < problem.R or problem.dropout:
+    """Whether one_pass reads the weight once: one row of tiles. So few rows make the mask cheap, too."""
+    if tiles.ONE_PASS_RANK[problem.width] < problem.R:
         return False
-    tile = tiles.one_pass_tile(problem.family, problem.width, problem.M, problem.R)
-    return tile.block_m >= problem.M and 3 * _tiles(problem.N, tile.block_n) >= problem.sm_count
+    return tiles.one_pass_tile(problem.family, problem.width, problem.M, problem.R).block_m >= problem.M
 
 
 def _triton_plan(problem: Problem, reason: str) -> Plan:
@@ -147,8 +150,15 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
         "bwd_lora_b": tiles.bwd_lora_b_tile(family, width, rank),
         "bwd_lora_a": tiles.bwd_lora_a_tile(family, width, rank),
     }
+    one_pass_splits = 1
     if rank <= tiles.ONE_PASS_RANK[width]:
-        table["one_pass"] = tiles.one_pass_tile(family, width, m, rank)
+        one_pass = table["one_pass"] = tiles.one_pass_tile(family, width, m, rank)
+        table["one_pass_sum"] = tiles.one_pass_sum_tile(width, rank)
+        one_pass_splits = _splits(
+            problem,
+            _tiles(m, one_pass.block_m) * _tiles(problem.N, one_pass.block_n),
+            problem.K // (ONE_PASS_STEPS * one_pass.block_k),
+        )
     if tiles.has_tma(family, width):
         table["gemm_expand_tma"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=False)
         table["gemm_expand_tma_dropout"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=True)
@@ -170,6 +180,7 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
         precision=precision,
         dy_reads=1 if one_read else 2,
         use_tma="gemm_expand_tma" in table and not problem.interpreted,
+        one_pass_splits=one_pass_splits,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
         d_lora_A_splits=_splits(
@@ -218,7 +229,7 @@ def make_plan(problem: Problem, backend: str, *, triton_available: bool) -> Plan
     if obstacle:
         return _torch_plan(problem, obstacle)
     if _is_decode(problem):
-        return _triton_plan(problem, "few rows: the weight's bytes are the cost, and one launch reads them once")
+        return _triton_plan(problem, "few rows: the weight's bytes are the cost, and one pass reads them once")
     if problem.dropout:
         return _triton_plan(
             problem, "dropout: the mask is recomputed in registers; in library calls it would be passes over x"
