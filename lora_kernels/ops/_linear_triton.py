@@ -47,7 +47,8 @@ def forward(
         if plan.strategy == "one_pass":
             return one_pass(
                 x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed, threshold=threshold,
-                scale=scale, precision=plan.precision, tile=plan.tile("one_pass"),
+                scale=scale, splits=plan.one_pass_splits, precision=plan.precision,
+                tile=plan.tile("one_pass"), sum_tile=plan.tile("one_pass_sum"),
             )  # fmt: skip
         xa = shrink(
             x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.xa_splits,

@@ -84,7 +84,9 @@ class Costs:
         p = self._problem
         if way.strategy == "one_pass":
             tile_n = 64 if p.width == "16" else 32
-            return self._gemm(FUSED_GEMM["pointers"], extra_work=padded_rank(p.R) / tile_n) + LAUNCH_US
+            # Columns of tiles that fill half of the GPU or less split K, and a second launch adds the shares.
+            launches = 2 if tile_n * p.sm_count >= 2 * p.N else 1
+            return self._gemm(FUSED_GEMM["pointers"], extra_work=padded_rank(p.R) / tile_n) + launches * LAUNCH_US
         shrink = max(self._pass(p.M, p.K, 1), self._mask("streamed")) + LAUNCH_US
         if way.strategy in ("shrink_fused", "persistent"):
             return shrink + self._gemm(self._rate()) + LAUNCH_US

@@ -27,6 +27,8 @@ Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "persistent"
 UPCAST_ROWS = 16
 """Above this M, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
 SPLITS_MAX = 64
+ONE_PASS_STEPS = 4
+"""Steps of K that a split of `one_pass` has at least, to be worth its share of the partial sums."""
 OLDEST_SM = 80
 MODEL_MARGIN = 1.05
 """What a way must win over the library's by, in the model, to be taken unmeasured: its rates are no better known."""
@@ -106,6 +108,7 @@ class Plan:
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
         use_tma: whether the large GEMMs may use tensor descriptors.
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
+        one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
         tiles: the tile of each kernel, by the kernel's name; "backward.<kernel>" where the backward has its own.
     """
@@ -120,6 +123,7 @@ class Plan:
     precision: str = "ieee"
     use_tma: bool = False
     dy_reads: int = 1
+    one_pass_splits: int = 1
     xa_splits: int = 1
     dyb_splits: int = 1
     d_lora_A_splits: int = 1  # noqa: N815 - the tensor's name
@@ -210,8 +214,15 @@ def _kernel_choices(problem: Problem) -> Plan:
         "bwd_lora_b": tiles.bwd_lora_b_tile(family, width, rank),
         "bwd_lora_a": tiles.bwd_lora_a_tile(family, width, rank),
     }
+    one_pass_splits = 1
     if rank <= tiles.ONE_PASS_RANK[width]:
-        table["one_pass"] = tiles.one_pass_tile(family, width, m, rank)
+        one_pass = table["one_pass"] = tiles.one_pass_tile(family, width, m, rank)
+        table["one_pass_sum"] = tiles.one_pass_sum_tile(width, rank)
+        one_pass_splits = _splits(
+            problem,
+            _tiles(m, one_pass.block_m) * _tiles(problem.N, one_pass.block_n),
+            problem.K // (ONE_PASS_STEPS * one_pass.block_k),
+        )
     if tiles.has_tma(family, width):
         table["gemm_expand_tma"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=False)
         table["gemm_expand_tma_dropout"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=True)
@@ -233,6 +244,7 @@ def _kernel_choices(problem: Problem) -> Plan:
         precision=precision,
         dy_reads=1 if one_read else 2,
         use_tma=problem.has_descriptors,
+        one_pass_splits=one_pass_splits,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
         d_lora_A_splits=_splits(

@@ -132,14 +132,25 @@ def one_pass_tile(family: Family, width: Width, m: int, rank: int) -> Tile:
     few = m <= SMALLEST_DOT
     stages = 2 if family in ("ada", "cdna3") else 3
     if width == "32":
-        tile = _tile(16, 32, 16, 4, 3 if family == "blackwell" else 2)
+        tile = _tile(16, 32, 16, 4, 3 if family == "blackwell" and block_r == SMALLEST_DOT else 2)
     elif width == "mixed":
         tile = _tile(16 if few else 32, 32, 32, 4, stages)
     elif block_r <= 64:
-        tile = _tile(16 if few else 64, 64, 128 if family in ("hopper", "blackwell") else 64, 4, stages)
+        # A row of tiles is one stream of the weight: deeper where shared memory is left over.
+        large = family in ("hopper", "blackwell")
+        tile = _tile(16 if few else 64, 64, 128 if large else 64, 4, 5 if large and few and block_r <= 32 else stages)
     else:
         tile = _tile(16 if few else 64, 64, 32 if family == "cdna3" else 64, 8, stages)
     return replace(tile, block_r=block_r)
+
+
+def one_pass_sum_tile(width: Width, rank: int) -> Tile:
+    """Tile of the second launch of `one_pass` with several splits: small, as there is little to share out."""
+    block_r = padded_rank(rank)
+    warps = 8 if block_r >= 64 else 4  # several loads in flight spill at these ranks over four warps
+    return Tile(
+        block_m=SMALLEST_DOT, block_n=64 if width == "16" else 32, block_r=block_r, num_warps=warps, num_stages=1
+    )
 
 
 def bwd_lora_b_tile(family: Family, width: Width, rank: int) -> Tile:
@@ -207,3 +218,5 @@ def _tiles_of(family: Family, width: Width, rank: int, *, dropout: bool) -> Iter
             yield "gemm_expand_tma", gemm_tma_tile(family, width, m, rank, dropout=dropout)
         if rank <= ONE_PASS_RANK[width]:
             yield "one_pass", one_pass_tile(family, width, m, rank)
+    if not dropout and rank <= ONE_PASS_RANK[width]:  # the mask is applied before the shares are stored
+        yield "one_pass_sum", one_pass_sum_tile(width, rank)

@@ -10,7 +10,7 @@ from lora_kernels.kernels.bwd_lora_a import bwd_lora_a_kernel
 from lora_kernels.kernels.bwd_lora_b import bwd_lora_b_kernel
 from lora_kernels.kernels.gemm_expand import gemm_expand_kernel
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
-from lora_kernels.kernels.one_pass import one_pass_kernel
+from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
 from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
 from lora_kernels.planning.tiles import FAMILY_OF_ARCH, ShippedTile, shipped_tiles
@@ -19,13 +19,18 @@ from tests.compile.support import TARGETS, Figures, compile_only
 KERNELS = {
     "shrink": shrink_kernel,
     "one_pass": one_pass_kernel,
+    "one_pass_sum": one_pass_sum_kernel,
     "gemm_expand": gemm_expand_kernel,
     "gemm_expand_tma": gemm_expand_tma_kernel,
     "bwd_lora_a": bwd_lora_a_kernel,
     "bwd_lora_b": bwd_lora_b_kernel,
 }
 # A partial sum is fp32 whatever the inputs; the rest is the problem's dtype or its adapters'.
-PARTIALS = {"bwd_lora_a": ("d_a_ptr",), "bwd_lora_b": ("dyb_ptr", "d_b_ptr", "d_bias_ptr")}
+PARTIALS = {
+    "one_pass_sum": ("y_shares_ptr", "xa_shares_ptr"),
+    "bwd_lora_a": ("d_a_ptr",),
+    "bwd_lora_b": ("dyb_ptr", "d_b_ptr", "d_bias_ptr"),
+}
 OF_ADAPTERS = {"a_ptr", "b_ptr", "s_ptr", "e_ptr", "xa_ptr", "dyb_ptr"}
 
 
@@ -45,7 +50,12 @@ def variants(shipped: ShippedTile) -> list[Variant]:
             return [Variant(("stride_x_k", "stride_a_k"), dropout | {"IS_PARTIAL": False})]
         case "one_pass":
             unit = ("stride_x_k", "stride_w_k", "stride_a_k", "stride_b_r")
-            return [Variant(unit, dropout | {"HAS_BIAS": True})]
+            return [
+                Variant(unit, dropout | {"HAS_BIAS": True, "IS_PARTIAL": False}),
+                Variant(unit, dropout | {"HAS_BIAS": False, "IS_PARTIAL": True}),
+            ]
+        case "one_pass_sum":
+            return [Variant(("stride_b_r",), {"HAS_BIAS": True})]
         case "gemm_expand":
             dx = Variant(backward, dropout | {"HAS_BIAS": False})
             return [dx] if shipped.dropout else [dx, Variant(forward, dropout | {"HAS_BIAS": True})]
@@ -90,10 +100,11 @@ def figures_of(shipped: ShippedTile, variant: Variant, target: str) -> Figures:
             signature[name] = types[name]
         elif name.endswith("_ptr"):
             partial = name in PARTIALS.get(shipped.kernel, ())
+            partial |= variant.flags.get("IS_PARTIAL", False) and name in ("y_ptr", "xa_ptr")
             signature[name] = "*fp32" if partial else "*" + (adapter if name in OF_ADAPTERS else dtype)
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or (signature[name] == "i32" and name not in ("threshold", "M", "R")):
+        if name.endswith("_ptr") or (signature[name] == "i32" and name not in ("threshold", "splits", "M", "R")):
             aligned.add(name)
     return compile_only(kernel, signature, constexprs, target, tile.num_warps, tile.num_stages, aligned)
 

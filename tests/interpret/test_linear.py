@@ -30,7 +30,7 @@ from tests.linear_cases import (
 
 STRATEGIES = ("one_pass", "pointers", "descriptors")
 FAMILIES = {"blackwell": "sm_100", "hopper": "sm_90", "ampere": "sm_80", "ada": "sm_89", "cdna3": "gfx942"}
-EVERYTHING = Needs(*[True] * 5)
+EVERYTHING, NOTHING = Needs(*[True] * 5), Needs(*[False] * 5)
 
 
 def plan_for(inputs: LinearInputs, strategy: str = "pointers", *, arch: str = "sm_90", sm_count: int = 4) -> Plan:
@@ -143,6 +143,38 @@ def test_splits_of_both_reductions(dtype, p):
         assert_within_budget(inputs, partial(run_under, plan))
     uneven = replace(plans[1], **dict.fromkeys(kinds, 2))
     assert_within_budget(inputs, partial(run_under, uneven))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splits_of_one_pass(dtype, p):
+    block_k = plan_for(inputs_of((1, 1, 1), dtype, 12), "one_pass").tile("one_pass").block_k
+    # Three blocks of K, the last cut by K: two splits are uneven. Rows and columns have tails.
+    inputs = inputs_of((21, 40, 2 * block_k + 12), dtype, 12, dropout_p=p)
+    plan = plan_for(inputs, "one_pass")
+    for splits in (2, 64):
+        run = partial(run_under, replace(plan, one_pass_splits=splits), needs=NOTHING)
+        assert_within_budget(inputs, run)
+        expected = run(inputs)
+        with poisoned_allocation():
+            assert_same_bits(run(inputs), expected)
+
+
+def test_splits_of_one_pass_keep_layouts_nan_and_far_addresses():
+    inputs = inputs_of((5, 40, 136), "bf16", 3, dropout_p=0.5, bias=False, index=3)
+    plan = replace(plan_for(inputs, "one_pass"), one_pass_splits=2)
+    awkward = with_layouts(inputs, x="strided", weight="transposed", lora_A="transposed", lora_B="offset")
+    expected = run_under(plan, inputs, NOTHING)
+    assert_same_bits(run_under(plan, awkward, NOTHING), expected)
+    for tensor in ("x", "weight", "lora_A", "lora_B"):
+        spread = replace(inputs, **{tensor: far(getattr(inputs, tensor), 1)})
+        assert_same_bits(run_under(plan, spread, NOTHING, check_overflow=True), expected)
+    keep = keep_mask(torch.tensor([3]), 5, 136, 0.5)
+    inputs.x[0, 1], inputs.x[1, 131], inputs.weight[7, 130] = float("inf"), float("nan"), float("-inf")
+    inputs.x[2, (~keep[2]).nonzero()[0]] = float("nan")
+    finite = run_under(plan, inputs, NOTHING)["y"].isfinite()
+    assert torch.equal(finite, run_linear(inputs, "reference", requires_grad=())["y"].isfinite())
+    assert finite[3:, :7].all()
 
 
 @pytest.mark.parametrize("reads", [1, 2])

@@ -110,10 +110,30 @@ def test_auto_never_chooses_the_interpreter():
     (64, 16, False, "one_pass"),
     (65, 16, False, "shrink_fused"),
     (1, 512, False, "shrink_fused"),
-    (1, 16, True, "one_pass"),
+    (64, 16, True, "one_pass"),
+    (65, 16, True, "shrink_fused"),
 ])  # fmt: skip
 def test_strategy(m, r, dropout, strategy):
     assert plan("triton", m=m, n=8192, r=r, dropout=dropout).strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "splits"),
+    [
+        (1, 1024, 4096, 8),  # 16 columns of tiles, eight times, on 132 multiprocessors
+        (64, 1024, 4096, 8),
+        (1, 64, 1 << 20, 64),  # never more than 64 partial sums
+        (1, 64, 4096, 8),  # four steps of 128 each
+        (1, 64, 4 * 128 - 1, 1),
+        (1, 64 * 66, 4096, 2),
+        (1, 64 * 67, 4096, 1),  # more than half of the GPU is filled without
+    ],
+)
+def test_one_pass_splits_fill_the_gpu(m, n, k, splits):
+    told = plan("triton", m=m, n=n, k=k)
+    assert told.strategy == "one_pass"
+    assert told.one_pass_splits == splits
+    assert plan("triton", m=m, n=n, k=k, r=512).one_pass_splits == 1  # no tile holds that rank
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -181,7 +201,7 @@ def test_padded_rank(rank):
 
 def assert_well_formed(kernel: str, tile: Tile) -> None:
     used = {
-        "gemm_expand": "mnkr", "gemm_expand_tma": "mnkr", "one_pass": "mnkr",
+        "gemm_expand": "mnkr", "gemm_expand_tma": "mnkr", "one_pass": "mnkr", "one_pass_sum": "mnr",
         "shrink": "mkr", "bwd_lora_b": "mnr", "bwd_lora_a": "mkr",
     }[kernel.removesuffix("_dropout")]  # fmt: skip
     for letter in used:
@@ -203,7 +223,8 @@ def test_every_rank_has_a_plan(arch, width, m):
             needed = {"shrink", "bwd_lora_a", "bwd_lora_b", "gemm_expand" + ("_dropout" if dropout else "")}
             if told.strategy == "one_pass":
                 assert told.tile("one_pass").block_r >= rank  # one pass has no second look at x
-                needed.add("one_pass")
+                assert told.tile("one_pass_sum").block_r >= rank
+                needed |= {"one_pass", "one_pass_sum"}
             if told.use_tma:
                 needed.add("gemm_expand_tma" + ("_dropout" if dropout else ""))
             assert needed <= set(dict(told.tiles))
