@@ -2,25 +2,25 @@
 
     out = lhs rhs + bias + s e
 
-Grid (one program for each multiprocessor), each walking every grid-th tile of out in the grouped order of `gemm_expand`;
-operands as in `gemm_expand_tma`, but s and e are described too. One warp loads, two warpgroups multiply:
+Grid (one program for each multiprocessor); each walks every grid-th tile of out, in the grouped order of `gemm_expand`.
+Operands as in `gemm_expand_tma`, with s and e described, too. One warp loads and two warpgroups multiply:
 
-    produce   step by step, [BLOCK_M, BLOCK_K] of lhs and [BLOCK_K, BLOCK_N] of rhs into the next slot of a ring
-    consume   the upper or lower BLOCK_M / 2 rows of each slot, then the same rows of out, 64 columns at a time
+    produce   step by step, lhs [BLOCK_M, BLOCK_K] and rhs [BLOCK_K, BLOCK_N] into the next slot of a ring
+    consume   the upper or the lower half of a slot's rows, then of out's, 64 columns at a time
 
-The expand is ceil(R / BLOCK_K) more steps over [s | e] after the ceil(K / BLOCK_K) of [lhs | rhs]: no register and no
-byte of shared memory for any rank. Columns past R are zeros from the tensor memory accelerator, of which the
-consumers multiply only the first BLOCK_R. Scaling is already inside s; there is no dropout. The same bits every time:
-each element is one chain of fp32 additions in the order of k.
+The expand is ceil(R / BLOCK_K) more steps over [s | e] after the ceil(K / BLOCK_K) over [lhs | rhs]: no register and no
+byte of shared memory for any rank. Columns past R arrive as zeros, and of the expand's steps only the first BLOCK_R
+columns are multiplied. Scaling is already inside s; there is no dropout. The same bits every time: each element is one
+chain of additions in the order of k.
 
 The protocol, argued in docs/design/persistent.md: `full[slot]` completes when the bytes of a step have landed,
-`empty[slot]` when both consumers have read them; step i uses slot i mod STAGES, and waits for parity (i div STAGES) mod 2
-of `full` or the opposite one of `empty`, which a fresh barrier has completed. No interpreter runs Gluon: tests/unit
-simulates the protocol from these functions, tests/compile reads the machine code, tests/gpu runs it.
+`empty[slot]` when both consumers have read them. Step i has slot i mod STAGES and waits for parity (i div STAGES) mod 2
+of `full`, or for the other one of `empty`, which counts as completed before the first arrival. No interpreter runs
+Gluon: tests/unit runs this source against a model of the hardware, tests/compile reads the machine code.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,8 @@ from lora_kernels.kernels.gemm_expand_tma import ALIGNMENT_BYTES, tma_serves
 from lora_kernels.kernels.interpreter import is_interpreting
 from lora_kernels.planning.tiles import Tile
 
-MISSING = ""  # what this Triton lacks; with it the functions below stay plain Python and cannot be launched
+MISSING = ""
+"""What this Triton lacks of Gluon; the functions below then stay plain Python, which nothing can launch."""
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -46,22 +47,22 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Triton 3.8 renamed the copies and kept the old names; 3.9 keeps them only to raise; 3.6 and 3.7 know no others.
+    # Triton 3.8 renamed the copies and kept the old names, 3.9 keeps those only to raise; 3.6 and 3.7 know no others.
     load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-    jit: Any = gluon.jit
 except (ImportError, AttributeError) as error:
     MISSING = str(error)
 
-    def jit(fn: Any = None, **options: Any) -> Any:
-        return fn if fn is not None else lambda given: given
+
+def jit(fn: Callable[..., Any], **options: Any) -> Any:
+    return fn if MISSING else gluon.jit(fn, **options)
 
 
-CONSUMERS = tl.constexpr(2)
+CONSUMERS = tl.constexpr(2)  # warpgroups
 CHUNK = tl.constexpr(64)  # columns of out in one store: the 128 bytes of the widest swizzle
 CHUNKS_IN_FLIGHT = tl.constexpr(2)  # of each consumer: one is stored while the next is written
-LOADER_REGISTERS = tl.constexpr(24)
-CONSUMER_REGISTERS = tl.constexpr(240)  # 64 x 256 fp32 take 128; 2 x 240 + 24 is what 384 threads have, 3 x 168
+# A thread's, of 3 x 168 that three warpgroups have. 64 x 256 accumulators take 128, so that 240 spill nothing.
+CONSUMER_REGISTERS, LOADER_REGISTERS = tl.constexpr(240), tl.constexpr(24)
 
 
 # -- what both sides count by; plain arithmetic, which tests/unit runs as Python ---------------------------------------
@@ -86,8 +87,10 @@ def parity_of(step, STAGES: tl.constexpr):
 
 
 @jit
-def load_step(step, lhs_desc, rhs_desc, first_m, first_n, first_k, lhs_ring, rhs_ring, full, empty, STAGES: tl.constexpr,
-              RHS_IS_NK: tl.constexpr):  # fmt: skip
+def load_step(
+    step, lhs_desc, rhs_desc, first_m, first_n, first_k, lhs_ring, rhs_ring, full, empty,
+    STAGES: tl.constexpr, RHS_IS_NK: tl.constexpr,
+):  # fmt: skip
     slot = slot_of(step, STAGES)
     mbarrier.wait(empty.index(slot), parity_of(step, STAGES) ^ 1)
     landed = full.index(slot)
@@ -124,21 +127,24 @@ def produce(
 
 
 @jit
-def multiply_step(step, acc, is_first, lhs_ring, rhs_ring, full, empty, FIRST_ROW: tl.constexpr, ROWS: tl.constexpr,
-                  WIDTH: tl.constexpr, STAGES: tl.constexpr, RHS_IS_NK: tl.constexpr):  # fmt: skip
+def multiply_step(
+    step, acc, accumulate, lhs_ring, rhs_ring, full, empty,
+    FIRST_ROW: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, RHS_IS_NK: tl.constexpr,
+):  # fmt: skip
     slot = slot_of(step, STAGES)
     mbarrier.wait(full.index(slot), parity_of(step, STAGES))
     lhs = lhs_ring.index(slot).slice(FIRST_ROW, ROWS, 0)  # [ROWS, BLOCK_K]
     rhs = rhs_ring.index(slot)
     if RHS_IS_NK:
         rhs = rhs.permute((1, 0))  # [BLOCK_K, BLOCK_N]
-    if WIDTH < lhs.shape[1]:
+    if lhs.shape[1] > WIDTH:
         lhs, rhs = lhs.slice(0, WIDTH, 1), rhs.slice(0, WIDTH, 0)
-    # The first product of a tile overwrites acc, which still holds the tile before.
-    acc = warpgroup_mma(lhs, rhs, acc, use_acc=is_first == 0, is_async=True)
-    # One product stays in flight: the step before has been read, and its slot goes back to the loading warp.
+    # A tile's first product overwrites acc, which still holds the tile before: nothing sets 128 registers to zero.
+    acc = warpgroup_mma(lhs, rhs, acc, use_acc=accumulate, is_async=True)
+    # One product stays in flight: the step before has been read, and its slot goes back to the loading warp. A tile's
+    # last slot goes back after its last product, so its first product has none to give back.
     acc = warpgroup_mma_wait(1, deps=[acc])
-    mbarrier.arrive(empty.index(slot_of(step + STAGES - 1, STAGES)), count=1, pred=is_first == 0)
+    mbarrier.arrive(empty.index(slot_of(step + STAGES - 1, STAGES)), count=1, pred=accumulate)
     return step + 1, acc
 
 
@@ -182,10 +188,10 @@ def consume(
             offs_n = first_n + gl.arange(0, BLOCK_N, along)
             bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         for i in range(steps_over(K, BLOCK_K)):
-            step, acc = multiply_step(step, acc, i == 0, lhs_ring, rhs_ring, full, empty, FIRST_ROW, ROWS, BLOCK_K,
+            step, acc = multiply_step(step, acc, i > 0, lhs_ring, rhs_ring, full, empty, FIRST_ROW, ROWS, BLOCK_K,
                                       STAGES, RHS_IS_NK)  # fmt: skip
         for _ in range(steps_over(R, BLOCK_K)):
-            step, acc = multiply_step(step, acc, False, lhs_ring, rhs_ring, full, empty, FIRST_ROW, ROWS, BLOCK_R,
+            step, acc = multiply_step(step, acc, True, lhs_ring, rhs_ring, full, empty, FIRST_ROW, ROWS, BLOCK_R,
                                       STAGES, RHS_IS_NK)  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(slot_of(step - 1, STAGES)), count=1)
@@ -195,7 +201,7 @@ def consume(
     tma.store_wait(0)  # shared memory goes with the program, so the last stores must have read it
 
 
-@jit(do_not_specialize=["M", "N", "K", "R"])  # one binary for every size
+@partial(jit, do_not_specialize=["M", "N", "K", "R"])  # one binary for every size
 def persistent_kernel(
     lhs_desc, rhs_desc, s_desc, e_desc, out_desc, bias_ptr,
     M, N, K, R,
@@ -205,17 +211,21 @@ def persistent_kernel(
 ):  # fmt: skip
     # A consumer that stores an odd number of chunks would come back to the chunk it has just handed over.
     gl.static_assert(BLOCK_N // CHUNK % CHUNKS_IN_FLIGHT == 0)
-    lhs_ring = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES] + lhs_desc.block_type.shape, lhs_desc.layout)
-    rhs_ring = gl.allocate_shared_memory(rhs_desc.dtype, [STAGES] + rhs_desc.block_type.shape, rhs_desc.layout)
+    gl.static_assert(gl.num_warps() == 4)  # one warpgroup is the default partition, the rest are asked for below
+    lhs_ring = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], lhs_desc.layout)
+    if RHS_IS_NK:
+        rhs_ring = gl.allocate_shared_memory(rhs_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], rhs_desc.layout)
+    else:
+        rhs_ring = gl.allocate_shared_memory(rhs_desc.dtype, [STAGES, BLOCK_K, BLOCK_N], rhs_desc.layout)
     chunks = gl.allocate_shared_memory(
-        out_desc.dtype, [CONSUMERS * CHUNKS_IN_FLIGHT] + out_desc.block_type.shape, out_desc.layout
+        out_desc.dtype, [CONSUMERS * CHUNKS_IN_FLIGHT, BLOCK_M // CONSUMERS, CHUNK], out_desc.layout
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)  # the expectation; the bytes are counted beside it
         mbarrier.init(empty.index(slot), count=CONSUMERS)
-    fence_async_shared()  # the accelerator counts on barriers that ordinary stores have made
+    fence_async_shared()  # the accelerator signals barriers that ordinary stores have made
     gl.warp_specialize(
         [
             (consume, (out_desc, bias_ptr, lhs_ring, rhs_ring, chunks, full, empty, M, N, K, R, HAS_BIAS, RHS_IS_NK, 0,
@@ -228,3 +238,67 @@ def persistent_kernel(
         [4, 1],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip
+
+
+class Availability(NamedTuple):
+    """Whether the kernel can be compiled here, and what stands in the way; true or false as a whole."""
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def persistent_available() -> Availability:
+    """Whether this Triton has what the kernel is written in; which GPU it runs on (sm_90) is the planner's to know."""
+    if MISSING:
+        return Availability(False, f"Triton {triton.__version__} lacks a part of Gluon: {MISSING}")
+    if is_interpreting():
+        return Availability(False, "Triton's interpreter does not run Gluon")
+    return Availability(True, "")
+
+
+def persistent_serves(*, lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor, e: Tensor) -> bool:
+    """Whether all are of one 16-bit dtype and can be described, e laid out as weight is: N, R and K by eights, then."""
+    n = weight.shape[0 if transpose_weight else 1]
+    return (
+        lhs.element_size() == 2
+        and lhs.dtype == weight.dtype == s.dtype == e.dtype
+        and n * lhs.element_size() % ALIGNMENT_BYTES == 0
+        and tma_serves(lhs, weight, s, e.T if transpose_weight else e)
+    )
+
+
+def persistent(
+    *,
+    lhs: Tensor,
+    weight: Tensor,
+    transpose_weight: bool,
+    s: Tensor,
+    e: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    sm_count: int,
+) -> Tensor:
+    """lhs [M, K] @ rhs + bias [N] + s [M, R] @ e [R, N]; rhs is weight [K, N], or its transpose where that is [N, K]."""
+    (m, k), n = lhs.shape, weight.shape[0 if transpose_weight else 1]
+    out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    lhs_block = [tile.block_m, tile.block_k]
+    rhs_block = [tile.block_n, tile.block_k] if transpose_weight else [tile.block_k, tile.block_n]
+    grid = (min(sm_count, triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)),)
+    persistent_kernel[grid](
+        TensorDescriptor.from_tensor(lhs, lhs_block, layout),
+        TensorDescriptor.from_tensor(weight, rhs_block, layout),
+        TensorDescriptor.from_tensor(s, lhs_block, layout),
+        TensorDescriptor.from_tensor(e.T if transpose_weight else e, rhs_block, layout),
+        TensorDescriptor.from_tensor(out, [tile.block_m // CONSUMERS.value, CHUNK.value], layout),
+        bias,
+        m, n, k, s.shape[1],
+        HAS_BIAS=bias is not None, RHS_IS_NK=transpose_weight,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
+        GROUP_M=tile.group_m, STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+    return out
