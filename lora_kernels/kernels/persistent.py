@@ -209,6 +209,7 @@ def persistent_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(STAGES > 1)  # a slot goes back only once the next step's product has been issued
     # A consumer that stores an odd number of chunks would come back to the chunk it has just handed over.
     gl.static_assert(BLOCK_N // CHUNK % CHUNKS_IN_FLIGHT == 0)
     gl.static_assert(gl.num_warps() == 4)  # one warpgroup is the default partition, the rest are asked for below
@@ -281,7 +282,7 @@ def persistent(
     tile: Tile,
     sm_count: int,
 ) -> Tensor:
-    """lhs [M, K] @ rhs + bias [N] + s [M, R] @ e [R, N]; rhs is weight [K, N], or its transpose where that is [N, K]."""
+    """lhs [M, K] @ rhs + bias [N] + s [M, R] @ e [R, N]; rhs is weight [K, N], or its transpose if that is [N, K]."""
     (m, k), n = lhs.shape, weight.shape[0 if transpose_weight else 1]
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -1,0 +1,114 @@
+"""The persistent GEMM's own source against a model of the hardware: results, races, standstills."""
+
+import inspect
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lora_kernels.kernels import persistent
+from lora_kernels.kernels.interpreter import is_interpreting
+from tests.unit import gluon_model
+from tests.unit.gluon_model import ModelError
+
+pytestmark = pytest.mark.skipif(bool(persistent.MISSING) or is_interpreting(), reason="kernels are not Gluon's here")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes against blocks of 4 x 8 x 4, of out in chunks of 2 columns."""
+
+    m: int = 4
+    n: int = 8
+    k: int = 4
+    r: int = 1
+    block_r: int = 2
+    stages: int = 3
+    programs: int = 1
+    group_m: int = 2
+    transpose_weight: bool = True
+    bias: bool = True
+
+
+CASES = [
+    Case(),
+    Case(m=1, n=1, k=1),
+    Case(k=5, r=5, block_r=4),  # two steps and two of the expand, each with a tail
+    Case(k=23, r=2),  # more steps than slots, and no multiple of them
+    Case(m=17, n=19, k=9, programs=4, group_m=3),  # several tiles a program, unevenly
+    Case(m=17, n=19, k=9, programs=4, group_m=3, transpose_weight=False, bias=False),
+    Case(m=9, n=8, k=12, programs=7),  # more programs than tiles
+    Case(m=12, n=16, k=4, stages=2),
+    Case(m=12, n=16, k=4, r=9, block_r=4, stages=5, transpose_weight=False),
+]
+
+
+def run(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the model computes, what it should), exact: small integers in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-8, 9, shape, generator=generator).double()
+
+    c = case
+    lhs, s, e, bias = integers(c.m, c.k), integers(c.m, c.r), integers(c.r, c.n), integers(c.n)
+    weight = integers(*((c.n, c.k) if c.transpose_weight else (c.k, c.n)))
+    actual = gluon_model.run(
+        seed, lhs=lhs, weight=weight, transpose_weight=c.transpose_weight, s=s, e=e, bias=bias if c.bias else None,
+        blocks=(4, 8, 4, c.block_r), chunk=2, stages=c.stages, group_m=c.group_m, programs=c.programs,
+    )  # fmt: skip
+    expected = lhs @ (weight.T if c.transpose_weight else weight) + s @ e
+    return actual, expected + bias if c.bias else expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_order_of_events_gives_the_product(case):
+    for seed in range(4):
+        actual, expected = run(case, seed)
+        assert torch.equal(actual, expected)
+
+
+# What must not go unseen, each a change of the source; run over several tiles, slots and chunks.
+FAULTS = {
+    "the loader does not wait": ("load_step", "parity_of(step, STAGES) ^ 1", "parity_of(step, STAGES)"),
+    "the loader waits for nothing": ("load_step", "mbarrier.wait(empty.index(slot), parity_of(step, STAGES) ^ 1)", ""),
+    "fewer bytes than come": ("load_step", "lhs_desc.block_type.nbytes + ", ""),
+    "the multiplier waits for nothing": (
+        "multiply_step", "mbarrier.wait(full.index(slot), parity_of(step, STAGES))", "",
+    ),
+    "a slot goes back while it is read": ("multiply_step", "slot_of(step + STAGES - 1, STAGES)", "slot"),
+    "two products in flight": ("multiply_step", "warpgroup_mma_wait(1,", "warpgroup_mma_wait(2,"),
+    "a slot goes back before any was read": ("multiply_step", "pred=accumulate", "pred=True"),
+    "acc keeps the tile before": ("multiply_step", "use_acc=accumulate", "use_acc=True"),
+    "the last slot is kept": ("consume", "mbarrier.arrive(empty.index(slot_of(step - 1, STAGES)), count=1)", ""),
+    "the last product is not waited for": ("consume", "acc = warpgroup_mma_wait(0, deps=[acc])", ""),
+    "the expand has its own count": ("consume", "range(steps_over(R, BLOCK_K))", "range(steps_over(R, BLOCK_M // 2))"),
+    "one consumer is enough": ("persistent_kernel", "count=CONSUMERS", "count=1"),
+    "no fence before a store": ("store_columns", "        fence_async_shared()\n", ""),
+    "a chunk is not waited for": ("store_columns", "CHUNKS_IN_FLIGHT - 1)", "CHUNKS_IN_FLIGHT)"),
+    "consumers share chunks": ("consume", "CHUNKS_IN_FLIGHT * CONSUMER", "0"),
+    "one slot": ("persistent_kernel", "gl.static_assert(STAGES > 1)", "STAGES = 1"),
+}  # fmt: skip
+
+
+def goes_wrong(case: Case, seed: int) -> bool:
+    try:
+        actual, expected = run(case, seed)
+    except ModelError:
+        return True
+    return not torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault):
+    name, old, new = FAULTS[fault]
+    source = inspect.getsource(getattr(persistent, name).fn)
+    source = source[source.index("def ") :]
+    assert source.count(old) == 1
+    faulty: dict = {}
+    exec(source.replace(old, new), vars(persistent), faulty)
+    with mock.patch.object(persistent, name, faulty[name]):
+        assert any(goes_wrong(Case(m=16, n=16, k=9, r=6, programs=2, block_r=4), seed) for seed in range(4))
