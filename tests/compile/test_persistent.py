@@ -18,10 +18,6 @@ TILES = {
     "wide-r64": persistent_tile(4096, 64),
     "narrow": persistent_tile(64, 32),
 }
-    "wide-r16": persistent_tile(4096, 16),
-    "wide-r64": persistent_tile(4096, 64),
-    "narrow": persistent_tile(64, 32),
-}
 VARIANTS = {
     "forward": {"RHS_IS_NK": True, "HAS_BIAS": False},
     "forward-bias": {"RHS_IS_NK": True, "HAS_BIAS": True},
