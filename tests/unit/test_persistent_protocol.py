@@ -1,6 +1,8 @@
 """The persistent GEMM's own source against a model of the hardware: results, races, standstills."""
 
+import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass
 from unittest import mock
 
@@ -112,3 +114,14 @@ def test_a_fault_is_seen(fault):
     exec(source.replace(old, new), vars(persistent), faulty)
     with mock.patch.object(persistent, name, faulty[name]):
         assert any(goes_wrong(Case(m=16, n=16, k=9, r=6, programs=2, block_r=4), seed) for seed in range(4))
+
+
+def test_without_gluon_the_module_says_what_is_missing():
+    spec = importlib.util.spec_from_file_location("persistent_without_gluon", persistent.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {"triton.experimental.gluon": None}):
+        spec.loader.exec_module(module)
+    available = module.persistent_available()
+    assert not available
+    assert "triton.experimental.gluon" in available.reason
+    assert persistent.persistent_available()
