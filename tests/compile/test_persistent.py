@@ -97,3 +97,26 @@ def test_a_product_waits_for_nothing_but_its_operands() -> None:
     for step in steps:
         assert step.count("HGMMA") == 4
         assert step.count("\n") < 80
+
+
+# What the arguments of docs/design/persistent.md find in the machine code: a letter for each instruction that matters.
+LETTERS = {
+    r"WARPGROUP\.DEPBAR": "w",  # wait for products
+    r"SYNCS\.ARRIVE\S*\.A1T0": "a",  # a slot goes back
+    r"BAR\.SYNC\S* 0x[02], 0x80": "b",  # of one warpgroup
+    r"STSM\.16\.M88\.4": "s",  # a chunk is written
+    r"FENCE\.VIEW\.ASYNC": "f",
+    r"UTMASTG": "t",  # and stored
+    r" DEPBAR\.LE SB0, 0x1": "r",  # the store before last has read its chunk
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_barriers_stand_where_the_argument_needs_them(variant: str) -> None:
+    sass = figures_of("bf16", TILES["wide-r16"], variant).sass
+    found = (next((a for p, a in LETTERS.items() if re.search(p, line)), "") for line in sass.splitlines())
+    order = "".join(found)
+    # Three times in each consumer - main loop, expand, end of a tile - all warps wait, then one arrives.
+    assert len(re.findall("wb+a", order)) == order.count("a") == order.count("w") == 6
+    # Four chunks of each consumer: the old store has read, all know, all write and fence, all have, one stores.
+    assert len(re.findall("rb+s+fb+t", order)) == order.count("t") == order.count("r") == 8
