@@ -209,16 +209,3 @@ def test_cuda_graph():
     operands.lhs.normal_()
     graph.replay()
     assert torch.equal(out, operands.run())
-
-
-def test_what_descriptors_cannot_hold_is_refused():
-    def serves(**changes) -> bool:
-        o = replace(make(64, 64, 64, 16, "bf16", "forward"), **changes)
-        return persistent_serves(lhs=o.lhs, weight=o.weight, transpose_weight=True, s=o.s, e=o.e)
-
-    t = torch.zeros(64, 80, dtype=torch.bfloat16, device=CUDA)
-    assert serves()
-    assert not serves(s=t[:, 1:17])  # base
-    assert not serves(lhs=torch.zeros(64, 60, dtype=t.dtype, device=CUDA))  # row stride of 120 bytes
-    assert not serves(e=torch.zeros(16, 64, dtype=t.dtype, device=CUDA))  # laid out otherwise than weight
-    assert not serves(s=torch.zeros(64, 16, device=CUDA))  # fp32 adapters

@@ -125,3 +125,28 @@ def test_without_gluon_the_module_says_what_is_missing():
     assert not available
     assert "triton.experimental.gluon" in available.reason
     assert persistent.persistent_available()
+
+
+def test_what_descriptors_cannot_hold_is_refused():
+    def tensor(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    good = {"lhs": tensor(64, 72), "weight": tensor(40, 72), "s": tensor(64, 16), "e": tensor(40, 16).T}
+
+    def serves(**changes) -> bool:
+        return persistent.persistent_serves(**(good | {"transpose_weight": True} | changes))
+
+    assert serves()
+    assert serves(transpose_weight=False, weight=tensor(72, 40), e=tensor(16, 40))
+    assert serves(lhs=tensor(64, 88)[:, 8:80])  # rows of a wider tensor
+    refused = {
+        "e laid out otherwise than weight": {"e": tensor(16, 40)},
+        "a rank that is no multiple of 8": {"s": tensor(64, 12), "e": tensor(40, 12).T},
+        "N that is none": {"weight": tensor(41, 72), "e": tensor(41, 16).T},
+        "K that is none": {"lhs": tensor(64, 70), "weight": tensor(40, 70)},
+        "a first address that is not aligned": {"s": tensor(64, 24)[:, 1:17]},
+        "fp32 adapters": {"s": tensor(64, 16, dtype=torch.float32), "e": tensor(40, 16, dtype=torch.float32).T},
+        "all fp32": {name: t.float() for name, t in good.items()},
+        "two 16-bit dtypes": {"lhs": tensor(64, 72, dtype=torch.float16)},
+    }
+    assert [why for why, changes in refused.items() if serves(**changes)] == []
