@@ -220,3 +220,14 @@ def _tiles_of(family: Family, width: Width, rank: int, *, dropout: bool) -> Iter
             yield "one_pass", one_pass_tile(family, width, m, rank)
     if not dropout and rank <= ONE_PASS_RANK[width]:  # the mask is applied before the shares are stored
         yield "one_pass_sum", one_pass_sum_tile(width, rank)
+
+
+# The persistent GEMM of sm_90: the ring takes all of shared memory that two chunks of out for each consumer leave. The
+# second is for an N that 256 columns would waste.
+_PERSISTENT: tuple[Tile, Tile] = (_tile(128, 256, 64, 4, 4), _tile(128, 128, 64, 4, 6))
+
+
+def persistent_tile(n: int, rank: int) -> Tile:
+    """Tile of `persistent`, whatever M: block_r is how much of the last step's block_k the expand multiplies."""
+    tile = _PERSISTENT[n <= 128]
+    return replace(tile, block_r=min(padded_rank(rank), tile.block_k))

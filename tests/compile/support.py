@@ -61,12 +61,16 @@ class Figures:
     binary: bytes = dataclasses.field(repr=False)
 
     @functools.cached_property
+    def sass(self) -> str:
+        """NVIDIA's machine code as text."""
+        return _nvidia_tool("nvdisasm", self.binary, "-c")
+
+    @functools.cached_property
     def opcodes(self) -> Counter[str]:
         """How often each instruction occurs, by its name up to the first dot: HGMMA, LDSM; v_mfma_..."""
         if self.target.startswith("gfx"):
             return Counter(_AMD_OPCODE.findall(self.binary.decode()))
-        sass = _nvidia_tool("nvdisasm", self.binary, "-c")
-        return Counter(opcode.partition(".")[0] for opcode in _SASS_OPCODE.findall(sass))
+        return Counter(opcode.partition(".")[0] for opcode in _SASS_OPCODE.findall(self.sass))
 
     def faults(self) -> list[str]:
         """Why this kernel should not be shipped: spills, or more memory than the target has."""
@@ -93,7 +97,7 @@ def compile_only(
     """Compile `fn` as a launch with such arguments would.
 
     Args:
-        fn: a @triton.jit function.
+        fn: a @triton.jit or @gluon.jit function.
         signature: type of each runtime argument: "*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>".
         constexprs: the constexpr arguments; also pointers that are None, and integers that are 1, because a
             launch makes constants of them too (unless the kernel is told not to specialise on them).
@@ -103,11 +107,16 @@ def compile_only(
         divisible_by_16: arguments that a launch would find to be multiples of 16 (bytes, for pointers).
         **options: further compile options, such as maxnreg.
     """
+    source_of: type[ASTSource] = ASTSource
+    if fn.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_of = GluonASTSource
     given = {**signature, **dict.fromkeys(constexprs, "constexpr")}
     if set(given) != set(fn.arg_names) or not given.keys() >= set(divisible_by_16):
         odd = sorted(set(given) ^ set(fn.arg_names) | set(divisible_by_16) - set(given))
         raise ValueError(f"{fn.__name__}: arguments missing, or unknown to it: {', '.join(odd)}")
-    source = ASTSource(
+    source = source_of(
         fn,
         {name: given[name] for name in fn.arg_names},
         dict(constexprs),
