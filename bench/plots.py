@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.plot import INK, STYLE, case_label, headline, provenance
+from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record
 from lora_kernels.benchmarking.report import by_case
 

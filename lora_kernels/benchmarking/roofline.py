@@ -58,16 +58,18 @@ def measure_ceilings(
     gpu = device.type == "cuda"
     side = size or (8192 if gpu else 1024)
     elements = side * side * (8 if gpu else 16)
-    source = torch.ones(elements, device=device)
-    target = torch.empty_like(source)
-    copy_ms = _fastest_ms(lambda: target.copy_(source), device, budget_s)
-    del source, target
     rates = {}
     for name in dtypes:
         a = torch.randn(side, side, device=device).to(getattr(torch, name))
         out = torch.empty_like(a)
         rates[name] = 2 * side**3 / _product_ms(a, out, device, budget_s) / 1e9
-    return Ceilings(copy_gb_s=2 * 4 * elements / copy_ms / 1e6, gemm_tflops=rates)
+    return Ceilings(copy_gb_s=2 * 4 * elements / _copy_ms(elements, device, budget_s) / 1e6, gemm_tflops=rates)
+
+
+def _copy_ms(elements: int, device: torch.device, budget_s: float) -> float:
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    return _fastest_ms(lambda: target.copy_(source), device, budget_s)
 
 
 def _product_ms(a: torch.Tensor, out: torch.Tensor, device: torch.device, budget_s: float) -> float:
