@@ -7,8 +7,9 @@ Cases come in order of importance: where a time budget ends a run, what is left 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,14 @@ class Model:
     name: str
     slug: str
     linears: tuple[Linear, ...]
+
+    @property
+    def distinct(self) -> tuple[Linear, ...]:
+        """The linears with those of one shape joined, `gate+up`: timing a shape twice tells nothing new."""
+        positions: dict[tuple[int, int, bool], list[str]] = {}
+        for linear in self.linears:
+            positions.setdefault((linear.N, linear.K, linear.bias), []).append(linear.position)
+        return tuple(Linear("+".join(names), *shape) for shape, names in positions.items())
 
 
 def decoder(
@@ -107,7 +116,7 @@ class Sweep:
     Attributes:
         models: whose linears.
         modes, dtypes, ranks, tokens, dropouts: what they are run with; `dtypes` are (base, adapters).
-        positions: only these linears of each model; none means all.
+        positions: only shapes that one of these linears has; none means all.
         graph: as a CUDA graph.
     """
 
@@ -143,7 +152,8 @@ class Sweep:
         return (setting for setting in product if setting[0] != "forward" or setting[-1] == 0)
 
     def _linears(self, model: Model) -> Iterator[Linear]:
-        return (linear for linear in model.linears if not self.positions or linear.position in self.positions)
+        wanted = set(self.positions)
+        return (x for x in model.distinct if not wanted or wanted & set(x.position.split("+")))
 
 
 DECODE = Sweep(modes=("forward",), tokens=(16, 1, 64), graph=True)
@@ -175,6 +185,14 @@ def suite(name: str) -> tuple[LinearCase, ...]:
     if name not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(NAMES)}; got {name!r}")
     return tuple(dict.fromkeys(case for sweep in SUITES[name] for case in sweep.cases()))
+
+
+def distinct(cases: Iterable[LinearCase]) -> tuple[LinearCase, ...]:
+    """The cases without those that repeat another model's: Mistral-7B's linears are Llama-3-8B's, shape for shape."""
+    first: dict[LinearCase, LinearCase] = {}
+    for case in cases:
+        first.setdefault(dataclasses.replace(case, name="", model=""), case)
+    return tuple(first.values())
 
 
 def default_suite(device: torch.device) -> str:

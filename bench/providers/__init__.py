@@ -39,6 +39,23 @@ def named(names: Iterable[str]) -> tuple[Provider, ...]:
     return tuple(provider for provider in PROVIDERS if provider.name in wanted)
 
 
-def able(providers: Iterable[Provider], case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
-    """Those that can run a case on a device."""
-    return tuple(provider for provider in providers if provider.why_not(case, device) is None)
+# Where peers run in `make bench`: each of them takes its seconds of two slow cores, and a compilation takes ten.
+_CPU_PEERS = (PEFT, ADDMM, LORAFUSION_STYLE)
+_CPU_PEER_CASES = ("minilm.up", "bert-base.attention", "llama-1b.attention")
+_CPU_COMPILED_CASES = ("bert-base.attention",)
+
+
+def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
+    """Who runs in a case where nobody is named: all on a GPU; on a CPU, peers in some cases only.
+
+    max-autotune compiles for half a minute a case, so it runs in the cases that a target is about.
+    """
+    if device.type == "cpu":
+        peers = _CPU_PEERS if case.name in _CPU_PEER_CASES else ()
+        plain = case.dtype == case.adapter_dtype and case.dropout_p == 0 and case.backward
+        compiled = (COMPILED,) if case.name in _CPU_COMPILED_CASES and plain else ()
+        chosen = (*BASELINES, *peers, *compiled, AUTO)
+    else:
+        headline = case.adapter_dtype == "bfloat16" and case.R == 16 and case.dropout_p == 0 and case.backward
+        chosen = tuple(p for p in PROVIDERS if p is not COMPILED_MAX or headline)
+    return tuple(provider for provider in PROVIDERS if provider in chosen)

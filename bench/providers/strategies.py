@@ -74,7 +74,8 @@ def strategy_provider(backend: str, strategy: str) -> Provider:
     def forward(inputs: CaseInputs, dropout_p: float) -> Tensor:
         i = inputs
         plan = i.build(
-            ("plan", backend, strategy, dropout_p), lambda: plan_of(_case(i, dropout_p), i.x.device, backend, strategy)
+            (backend, strategy, dropout_p),
+            lambda: plan_of(_case(i, dropout_p), i.x.device, backend, strategy),
         )
         seed = None
         if dropout_p:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,22 +24,11 @@ def run_suite(
     *,
     device: torch.device,
     budget_s: float,
-    deadline: float = math.inf,
-    ceilings: Ceilings | None = None,
-    keep: Callable[[LinearCase, Samples], None] | None = None,
 ) -> Iterator[list[Record]]:
-    """The records of each case as soon as they exist, one per contender.
-
-    No case is begun after `deadline`, on the clock of `time.perf_counter`; the cases without records were left out.
-    """
+    """The records of each case as soon as they exist, one per contender."""
     environment = Environment.current(device)
     for case in cases:
-        if time.perf_counter() >= deadline:
-            return
-        yield run_case(
-            case, providers,
-            device=device, environment=environment, budget_s=budget_s, ceilings=ceilings, keep=keep,
-        )  # fmt: skip
+        yield run_case(case, providers, device=device, environment=environment, budget_s=budget_s)
 
 
 def run_case(
@@ -83,7 +70,7 @@ def run_case(
         calls: dict[str, Callable[[], object]] = {}
         failures: dict[str, str] = {}
         for provider in fit:
-            call = _call(provider, case, inputs)
+            call = timed_call(provider, case, inputs)
             try:
                 peak = peak_bytes(call, device=device)
                 calls[provider.name] = _captured(call, device) if case.graph else call
@@ -161,7 +148,7 @@ def _forward(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callab
     return lambda: provider.forward(inputs, case.dropout_p)
 
 
-def _call(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callable[[], object]:
+def timed_call(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callable[[], object]:
     """What is timed: forward without a graph, or forward and the gradients of x, lora_A and lora_B."""
     forward = _forward(provider, case, inputs)
     leaves = tuple(inputs.leaves.values()) if provider.has_lora else (inputs.x,)

@@ -136,7 +136,7 @@ def interleave(
 
 
 def warm_up(device: torch.device, seconds: float) -> None:
-    """Products at full load for so long: clocks fall as a chip gets warm, and should not do so during the first rows."""
+    """Products at full load for so long: clocks fall as a chip gets warm, and should do so before the first row."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.randn(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
