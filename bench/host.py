@@ -98,7 +98,6 @@ def measure(device: torch.device, *, rounds: int = ROUNDS, dropout_p: float = 0.
     rows = []
     for name in steps:
         spread, nothing = samples.time(name), samples.time(NOTHING)
-        over = spread.median - nothing.median
         rows.append(
             HostRow(
                 name, dropout_p, spread.median, spread.p10, spread.p90, over, environment.device, environment.commit

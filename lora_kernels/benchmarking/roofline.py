@@ -91,11 +91,26 @@ def _fastest_ms(call: Callable[[], object], device: torch.device, budget_s: floa
 def floor_ms(case: LinearCase, ceilings: Ceilings, *, has_lora: bool = True) -> float | None:
     """The least milliseconds for a case: each direction takes what its operations or its bytes take, the longer one.
 
-    Operations are the products alone. Bytes are each operand read once and each result written once: x, W, A, B and y
-    forward; dy, W, x, A, B, dx, dA and dB backward. None where the dtype's rate was not measured.
+    None where the dtype's rate was not measured.
     """
     if case.dtype not in ceilings.gemm_tflops:
         return None
+    rate, bandwidth = ceilings.tflops(case.dtype) * 1e9, ceilings.copy_gb_s * 1e6
+    return sum(max(operations / rate, size / bandwidth) for operations, size in _passes(case, has_lora))
+
+
+def work(case: LinearCase, *, has_lora: bool = True) -> tuple[int, int]:
+    """Operations and bytes of a case, both directions together."""
+    passes = _passes(case, has_lora)
+    return sum(operations for operations, _ in passes), sum(size for _, size in passes)
+
+
+def _passes(case: LinearCase, has_lora: bool) -> list[tuple[int, int]]:
+    """(operations, bytes) forward and, in a backward case, backward.
+
+    Operations are the products alone. Bytes are each operand read once and each result written once: x, W, A, B and y
+    forward; dy, W, x, A, B, dx, dA and dB backward.
+    """
     m, n, k = case.M, case.N, case.K
     r = case.R if has_lora else 0
     base, adapter = case.torch_dtype.itemsize, case.torch_adapter_dtype.itemsize
@@ -105,5 +120,4 @@ def floor_ms(case: LinearCase, ceilings: Ceilings, *, has_lora: bool = True) -> 
         # dx takes dy W, and with LoRA dyb = dy B, dyb A, dA = dyb^T x and dB = dy^T xa; x is read for dA alone.
         inputs = m * n + n * k + (m * k if r else 0)
         passes.append((2 * m * (n * k + 2 * r * (k + n)), base * (inputs + m * k) + 2 * adapters))
-    rate, bandwidth = ceilings.tflops(case.dtype) * 1e9, ceilings.copy_gb_s * 1e6
-    return sum(max(operations / rate, size / bandwidth) for operations, size in passes)
+    return passes
