@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from lora_kernels.benchmarking.cases import LinearCase
@@ -63,13 +64,7 @@ def write_benchmark_json(records: Sequence[Record], samples: Mapping[LinearCase,
         "commit_info": commit | {"time": last.date},
         "benchmarks": benchmarks,
         "datetime": last.date,
-        "version": _version(),
+        "version": version("pytest-benchmark"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("pytest-benchmark")

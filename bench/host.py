@@ -95,15 +95,20 @@ def measure(device: torch.device, *, rounds: int = ROUNDS, dropout_p: float = 0.
                 us[name].append(elapsed)
     samples = Samples({name: tuple(values) for name, values in us.items()})
     environment = Environment.current(device)
-    rows = []
-    for name in steps:
-        spread, nothing = samples.time(name), samples.time(NOTHING)
-        rows.append(
-            HostRow(
-                name, dropout_p, spread.median, spread.p10, spread.p90, over, environment.device, environment.commit
-            )
+    nothing = samples.time(NOTHING).median
+    return [
+        HostRow(
+            contender=name,
+            dropout_p=dropout_p,
+            us=spread.median,
+            us_p10=spread.p10,
+            us_p90=spread.p90,
+            over_nothing_us=spread.median - nothing,
+            device=environment.device,
+            commit=environment.commit,
         )
-    return rows
+        for name, spread in ((name, samples.time(name)) for name in steps)
+    ]
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:

@@ -62,12 +62,12 @@ def run(
     Args:
         cases: in order of importance.
         device: where.
-        out: folder for linear.csv, linear.json, run.json, benchmark.json and plots.
+        out: folder for linear.csv, linear.json, run.json, linear_benchmark.json and plots.
         budget_s: seconds of timing per case.
-        total_s: seconds for everything; no case is begun after them.
+        total_s: seconds for everything; after the first case, none is begun later than that.
         contenders: who runs in a case.
         ceilings: measured before, or None to measure them now.
-        rows_only: write no linear.json, whose rows are in benchmark.json, too.
+        rows_only: neither linear.json, whose rows are in linear.csv, nor plots, which can be drawn from it.
 
     Returns:
         All records; the caller decides what a fault in one means.
@@ -90,7 +90,7 @@ def run(
     left_out: tuple[LinearCase, ...] = ()
     mode = ""
     for index, case in enumerate(cases):
-        if time.perf_counter() - start >= total_s:
+        if records and time.perf_counter() - start >= total_s:
             left_out = tuple(cases[index:])
             break
         found = run_case(
@@ -112,7 +112,7 @@ def run(
     write_run(finished, out / "run.json")
     if importlib.util.find_spec("pytest_benchmark"):
         write_benchmark_json(records, samples, out / "linear_benchmark.json")
-    if importlib.util.find_spec("matplotlib"):
+    if importlib.util.find_spec("matplotlib") and not rows_only:
         from bench import plots
 
         plots.linear(records, ceilings, out)
@@ -134,7 +134,7 @@ def write_run(found: Run, path: Path) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def summary(found: Run, device: torch.device) -> list[str]:
+def summary(found: Run) -> list[str]:
     """The lines under the table, the bad news first: faults, what was left out, cases lost, then the targets."""
     records = found.records
     lines = [
@@ -143,12 +143,10 @@ def summary(found: Run, device: torch.device) -> list[str]:
         for r in by_provider.values()
         if r.fault
     ]
-    measured = len(by_case(records))
     if found.left_out:
-        lines.append(
-            f"LEFT OUT: {len(found.left_out)} of {len(found.left_out) + measured} cases, for want of time; the first is "
-            f"{comparison.describe(found.left_out[0])}"
-        )
+        everything = len(found.left_out) + len(by_case(records))
+        first = comparison.describe(found.left_out[0])
+        lines.append(f"LEFT OUT: {len(found.left_out)} of {everything} cases, for want of time; the first is {first}")
     lost = comparison.losses(records)
     lines += [
         f"slower than {loss.rival} by {loss.ratio - 1:.1%}: {comparison.describe(loss.case)}"
@@ -156,8 +154,8 @@ def summary(found: Run, device: torch.device) -> list[str]:
     ]
     if len(lost) > LOSSES_SHOWN:
         lines.append(f"and {len(lost) - LOSSES_SHOWN} more, see linear.csv")
-    if not lost:
-        lines.append("slower than no rival in any case")
+    if not lost and any(True for found in by_case(records).values() for _ in comparison.rivals(found)):
+        lines.append("slower than no contender in any case")
     evidence = targets.Evidence.of(records)
     for what, limit, value, verdict in targets.table(evidence):
         if value:
@@ -175,9 +173,12 @@ def _absent(records: Sequence[Record]) -> list[str]:
     return [f"not timed: {name}, {reason}" for name, reason in reasons.items()]
 
 
-def chosen_cases(suite: str, only: str) -> tuple[LinearCase, ...]:
-    """The suite's cases with these words, each shape once."""
-    return suites.distinct(package_cases.select(suites.suite(suite), only))
+def chosen_cases(suite: str, only: str, device: torch.device) -> tuple[LinearCase, ...]:
+    """The suite's cases with these words, each shape once, and without graphs where there are none."""
+    cases = package_cases.select(suites.suite(suite), only)
+    if device.type != "cuda":
+        cases = tuple(dataclasses.replace(case, graph=False) for case in cases)
+    return suites.distinct(cases)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,9 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds of timing per case (at least 6 rounds)")
     parser.add_argument("--total", type=float, default=math.inf, help="seconds for the suite; the rest is left out")
     parser.add_argument("--out", type=Path, help="folder for rows and plots (default: bench/results/local/<device>)")
+    parser.add_argument("--rows-only", action="store_true", help="linear.csv and run.json, and no pictures")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    cases = chosen_cases(arguments.suite or suites.default_suite(device), arguments.only)
+    cases = chosen_cases(arguments.suite or suites.default_suite(device), arguments.only, device)
     if not cases:
         parser.error(f"--only {arguments.only!r} matches no case")
     contenders: Callable[[LinearCase, torch.device], Sequence[Provider]] = providers.lineup
@@ -203,8 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{error}")
         contenders = lambda case, device: chosen  # noqa: E731 - the same line-up whatever the case
     out = arguments.out or RESULTS / device_slug(device)
-    found = run(cases, device, out, budget_s=arguments.budget, total_s=arguments.total, contenders=contenders)
-    print("\n" + "\n".join(summary(found, device)))
+    found = run(
+        cases, device, out, budget_s=arguments.budget, total_s=arguments.total, contenders=contenders,
+        rows_only=arguments.rows_only,
+    )  # fmt: skip
+    print("\n" + "\n".join(summary(found)))
     print(f"written: {out}")
     return int(any(record.fault for record in found.records))
 

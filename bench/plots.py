@@ -1,7 +1,12 @@
-"""The pictures of a benchmark run: speed-up, cost over frozen, memory and roofline by case, and the fine-tuning."""
+"""The pictures of a benchmark run: speed-up, cost over frozen, memory and roofline by case, and the fine-tuning.
+
+python -m bench.plots FOLDER    # from the rows in it, such as a GPU's, where matplotlib was not installed
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +24,7 @@ from bench.comparison import Found, ours, times_faster
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.plot import INK, STYLE, case_label, headline, provenance
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
-from lora_kernels.benchmarking.records import Record
+from lora_kernels.benchmarking.records import Record, read_csv
 from lora_kernels.benchmarking.report import by_case, case_of
 from lora_kernels.benchmarking.roofline import Ceilings, work
 
@@ -44,7 +49,7 @@ def linear(records: Sequence[Record], ceilings: Ceilings, out: Path) -> None:
         shown,
         lambda found, r: times_faster(r, mine) if (mine := ours(found)) else None,
         out / "linear_speedup.png",
-        title="How many times as fast as each contender",
+        title="lora_kernels against each contender",
         label="contender's time / lora_kernels' time; right of 1 lora_kernels is faster",
         names=[name for name in providers.NAMES if name not in providers.OWN | {FROZEN}],
         one=True,
@@ -130,12 +135,16 @@ def _roofline(records: Sequence[Record], ceilings: Ceilings, path: Path) -> None
                     points.append((operations / moved, operations / record.median_ms / 1e9))
             if points:
                 axes.scatter(*zip(*points, strict=True), s=20, color=colour, label=name, zorder=3)
+        peaks: dict[float, list[str]] = {}
         for dtype in dict.fromkeys(record.dtype for record in shown):
             if dtype in ceilings.gemm_tflops:
-                peak, slope = ceilings.tflops(dtype), ceilings.copy_gb_s / 1e3
-                reach = [0.5, peak / slope, max(20 * peak / slope, 5000)]
-                axes.plot(reach, [min(peak, slope * x) for x in reach], color=INK, linewidth=0.9)
-                axes.annotate(dtype, (reach[-1], peak), (-4, 3), textcoords="offset points", ha="right", fontsize=8)
+                peaks.setdefault(ceilings.tflops(dtype), []).append(dtype)
+        for peak, dtypes in peaks.items():
+            slope = ceilings.copy_gb_s / 1e3
+            reach = [0.5, peak / slope, max(20 * peak / slope, 5000)]
+            axes.plot(reach, [min(peak, slope * x) for x in reach], color=INK, linewidth=0.9)
+            text = axes.annotate(", ".join(dtypes), (reach[-1], peak), (-4, 3), textcoords="offset points")
+            text.set(ha="right", fontsize=8)
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
         figure.legend(loc="outside lower center", ncols=3)
         headline(figure, "Under the ceilings measured on this device", provenance(shown[0]))
@@ -203,3 +212,15 @@ def _pair(axes: Axes, values: Sequence[float], title: str, form: str) -> None:
     axes.set_title(title)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="with linear.csv and run.json; the pictures go there, too")
+    folder = parser.parse_args(argv).folder
+    ceilings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["ceilings"]
+    linear(read_csv(folder / "linear.csv"), Ceilings(**ceilings), folder)
+
+
+if __name__ == "__main__":
+    main()
