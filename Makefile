@@ -77,7 +77,7 @@ docs: $(READY) ## run every example in README, docs and docstrings; follow every
 # GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes
 # where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
 # pinned ones, and a deprecation in them is no fault of a kernel.
-gpu gpu-check gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)
+gpu gpu-check gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 gpu: ## the check, the tests and the benchmark that need a GPU
 	@failed=; for part in gpu-check gpu-test gpu-bench; do \

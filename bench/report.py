@@ -51,7 +51,8 @@ def page(folder: Path) -> str:
         _head(folder, records, cases, run),
         _targets(records, host_rows),
         _when_it_loses(records),
-        _side_by_side(cases),
+        _side_by_side("Side by side", cases),
+        _strategies(folder),
         _memory_and_error(cases),
         _host(host_rows),
         _left_out(records, run),
@@ -131,7 +132,13 @@ def _first(cases: Mapping[LinearCase, Found], number: int) -> Iterator[tuple[Lin
     return (item for item, _ in zip(cases.items(), range(number), strict=False))
 
 
-def _side_by_side(cases: Mapping[LinearCase, Found]) -> str:
+def _strategies(folder: Path) -> str:
+    """Every strategy beside every other, from before a tuner chose among them."""
+    path = folder / "strategies.csv"
+    return _side_by_side("Strategies", by_case(read_csv(path))) if path.exists() else ""
+
+
+def _side_by_side(title: str, cases: Mapping[LinearCase, Found]) -> str:
     names = _names(cases)
     rows = []
     for case, found in _first(cases, CASES_SHOWN):
@@ -142,7 +149,7 @@ def _side_by_side(cases: Mapping[LinearCase, Found]) -> str:
     note = "Milliseconds, and times the frozen linear; medians. Roofline: floor over ours."
     if len(cases) > CASES_SHOWN:
         note += f" The first {CASES_SHOWN} of {len(cases)} cases; all are in linear.csv."
-    return _section("Side by side", ["case", *names, "roofline"], rows, note)
+    return _section(title, ["case", *names, "roofline"], rows, note)
 
 
 def _cell(record: Record | None) -> str:

@@ -203,7 +203,7 @@ TARGETS = (
         1.25, False, "x", "gpu", _faster_than("bfloat16", 0.1, PEFT.name),
     ),
     Target(
-        f"{_LAYER}, p = 0: torch.compile of the unfused layer, the better mode, over ours",
+        f"{_LAYER}, p = 0: torch.compile of the unfused layer, the better mode timed, over ours",
         1.15, False, "x", "gpu", _faster_than("bfloat16", 0.0, COMPILED.name, COMPILED_MAX.name),
     ),
     Target(

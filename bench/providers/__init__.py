@@ -43,19 +43,21 @@ def named(names: Iterable[str]) -> tuple[Provider, ...]:
 _CPU_PEERS = (PEFT, ADDMM, LORAFUSION_STYLE)
 _CPU_PEER_CASES = ("minilm.up", "bert-base.attention", "llama-1b.attention")
 _CPU_COMPILED_CASES = ("bert-base.attention",)
+_GPU_COMPILED_MODEL = "Llama-3-8B"
 
 
 def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
     """Who runs in a case where nobody is named: all on a GPU; on a CPU, peers in some cases only.
 
-    max-autotune compiles for half a minute a case, so it runs in the cases that a target is about.
+    The compiler runs where a target is about it, since each case of its own costs more time than all the others
+    together; `compile-max`, half a minute and more a case, where it is named.
     """
+    compilable = case.backward and case.R == 16 and case.adapter_dtype == case.dtype
     if device.type == "cpu":
         peers = _CPU_PEERS if case.name in _CPU_PEER_CASES else ()
-        plain = case.dtype == case.adapter_dtype and case.dropout_p == 0 and case.backward
-        compiled = (COMPILED,) if case.name in _CPU_COMPILED_CASES and plain else ()
-        chosen = (*BASELINES, *peers, *compiled, AUTO)
+        compiled = compilable and case.name in _CPU_COMPILED_CASES and not case.dropout_p
+        chosen = {provider.name for provider in (*BASELINES, *peers, AUTO)}
     else:
-        headline = case.adapter_dtype == "bfloat16" and case.R == 16 and case.dropout_p == 0 and case.backward
-        chosen = tuple(p for p in PROVIDERS if p is not COMPILED_MAX or headline)
-    return tuple(provider for provider in PROVIDERS if provider in chosen)
+        compiled = compilable and case.model == _GPU_COMPILED_MODEL
+        chosen = set(NAMES) - {COMPILED.name, COMPILED_MAX.name}
+    return named(chosen | {COMPILED.name} if compiled else chosen)

@@ -142,14 +142,16 @@ def test_a_thing_is_built_once_per_case_and_contender() -> None:
     assert made == [1, 2]
 
 
-@pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
-def test_the_lineup_follows_the_tables_order(device: torch.device) -> None:
-    case = LinearCase("bert-base.attention", "BERT-base", 1024, 768, 768)
-    names = [provider.name for provider in providers.lineup(case, device)]
+@pytest.mark.parametrize(
+    ("device", "name", "model"), [("cpu", "bert-base.attention", "BERT-base"), ("cuda", "llama3-8b.down", "Llama-3-8B")]
+)
+def test_the_lineup_follows_the_tables_order(device: str, name: str, model: str) -> None:
+    case = LinearCase(name, model, 1024, 768, 768)
+    names = [provider.name for provider in providers.lineup(case, torch.device(device))]
     assert names == [name for name in providers.NAMES if name in names]
-    assert {"frozen linear", "unfused chain", "peft", "torch.compile", "addmm", "lorafusion-style", "auto"} <= set(
-        names
-    )
+    assert {"frozen linear", "unfused chain", "peft", "torch.compile", "addmm", "auto"} <= set(names)
+    dropped = providers.lineup(dataclasses.replace(case, mode="forward"), torch.device(device))
+    assert "torch.compile" not in {provider.name for provider in dropped}
 
 
 def test_host_time_is_above_the_node_that_does_nothing(tmp_path) -> None:
