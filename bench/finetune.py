@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bench import docstrings, plots
-from bench.providers import UnfusedLoRALinear
+from bench.unfused import UnfusedLoRALinear
 from lora_kernels import LoRALinear
 from lora_kernels.benchmarking.load import ForeignLoad
 from lora_kernels.benchmarking.memory import peak_bytes, saved_bytes

@@ -1,8 +1,13 @@
-"""The pictures of a benchmark run besides the speed-ups: bytes kept for backward, and the fine-tuning."""
+"""The pictures of a benchmark run: speed-up, cost over frozen, memory and roofline by case, and the fine-tuning.
+
+python -m bench.plots FOLDER    # from the rows in it, such as a GPU's, where matplotlib was not installed
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,47 +19,135 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.providers import FROZEN, UNFUSED
+from bench import providers
+from bench.comparison import Found, ours, times_faster
+from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.plot import INK, STYLE, case_label, headline, provenance
-from lora_kernels.benchmarking.records import Record
-from lora_kernels.benchmarking.report import by_case
+from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
+from lora_kernels.benchmarking.records import Record, read_csv
+from lora_kernels.benchmarking.report import by_case, case_of
+from lora_kernels.benchmarking.roofline import Ceilings, work
 
 if TYPE_CHECKING:
     from bench.finetune import Outcome
 
 OURS, THEIRS, CONTROL = "#0f766e", "#b45309", "#9aa5b1"
+COLOURS = (
+    CONTROL, THEIRS, "#2563a8", "#7c3aed", "#a78bfa", "#dc2626", "#f59e0b", "#db2777",
+    OURS, "#14b8a6", "#84cc16", "#65a30d", "#4d7c0f",
+)  # fmt: skip
+CASES_SHOWN = 40  # more lines than that no one reads on a slide; the rows are in linear.csv
 
 
-def saved_bytes(records: Sequence[Record], path: Path) -> None:
-    """What forward keeps for backward beyond x and the parameters, where dropout or fp32 adapters make a difference."""
-    training = {case: found for case, found in by_case(records).items() if case.backward}
-    telling = {case.name for case in training if case.dropout_p or case.adapter_dtype != case.dtype}
-    shown = [
-        (case, found)
-        for case, found in sorted(training.items(), key=lambda item: item[0].name)
-        if case.name in telling and UNFUSED in found
-    ]
+def linear(records: Sequence[Record], ceilings: Ceilings, out: Path) -> None:
+    """The four pictures of a run; one whose rows are missing is not drawn."""
+    training = {case: found for case, found in by_case(records).items() if FROZEN in found and found[FROZEN].timed}
+    if not training:
+        return
+    shown = dict(list(training.items())[:CASES_SHOWN])
+    _dots(
+        shown,
+        lambda found, r: times_faster(r, mine) if (mine := ours(found)) else None,
+        out / "linear_speedup.png",
+        title="lora_kernels against each contender",
+        label="contender's time / lora_kernels' time; right of 1 lora_kernels is faster",
+        names=[name for name in providers.NAMES if name not in providers.OWN | {FROZEN}],
+        one=True,
+    )
+    _dots(
+        shown,
+        lambda found, r: r.cost,
+        out / "linear_cost.png",
+        title="What the adapter costs over the frozen linear",
+        label="time / frozen linear's time",
+        names=[name for name in providers.NAMES if name != FROZEN],
+        one=True,
+    )
+    _dots(
+        shown,
+        lambda found, r: None if r.peak_bytes is None else r.peak_bytes / 2**20,
+        out / "linear_memory.png",
+        title="The most that one call allocates",
+        label="MiB",
+        names=list(providers.NAMES),
+        one=False,
+    )
+    _roofline(records, ceilings, out / "linear_roofline.png")
+
+
+def _dots(
+    cases: Mapping[LinearCase, Found],
+    value: Callable[[Found, Record], float | None],
+    path: Path,
+    *,
+    title: str,
+    label: str,
+    names: Sequence[str],
+    one: bool,
+) -> None:
+    """A case a line, a contender a colour."""
+    first = next(iter(next(iter(cases.values())).values()))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.6, 1.6 + 0.24 * len(cases)), layout="constrained")
+        for name in names:
+            points = [
+                (number, position)
+                for position, found in enumerate(cases.values())
+                if name in found and found[name].timed and (number := value(found, found[name])) is not None
+            ]
+            if points:
+                colour = COLOURS[providers.NAMES.index(name) % len(COLOURS)]
+                own = name in providers.OWN
+                axes.scatter(
+                    *zip(*points, strict=True),
+                    s=34 if own else 24,
+                    marker="D" if own else "o",
+                    color=colour,
+                    label=name,
+                )
+        if one:
+            axes.axvline(1, color=INK, linewidth=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+        axes.xaxis.set_minor_formatter(lambda number, _: f"{number:g}" if one and number < 3 else "")
+        axes.set_yticks(range(len(cases)), [f"{case_label(case)}, {case.mode}" for case in cases])
+        axes.set_ylim(len(cases) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(label)
+        if axes.get_legend_handles_labels()[1]:
+            figure.legend(loc="outside lower center", ncols=4)
+        headline(figure, title, provenance(first))
+        _save(figure, path)
+
+
+def _roofline(records: Sequence[Record], ceilings: Ceilings, path: Path) -> None:
+    """Rate reached over operations per byte of the case, forward cases and training cases alike, under the ceilings."""
+    shown = [r for r in records if r.timed and r.provider in (FROZEN, UNFUSED, providers.AUTO.name)]
     if not shown:
         return
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.6, 1.3 + 0.5 * len(shown)), layout="constrained")
-        for position, (_, found) in enumerate(shown):
-            ours = next(r for r in found.values() if r.provider not in (FROZEN, UNFUSED) and r.saved_bytes is not None)
-            pairs = ((-0.19, found[UNFUSED], THEIRS), (0.19, ours, OURS))
-            for offset, record, colour in pairs:
-                size = (record.saved_bytes or 0) / 2**20
-                axes.barh(position + offset, size, height=0.36, color=colour)
-                text = axes.annotate(f"{size:.2f}", (size, position + offset), (4, 0), textcoords="offset points")
-                text.set(va="center", fontsize=7.5)
-        axes.set_yticks(range(len(shown)), [case_label(case) for case, _ in shown])
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.grid(False, axis="y")
-        axes.tick_params(axis="y", length=0)
-        axes.margins(x=0.1)
-        axes.set_xlabel("MiB kept for backward, beyond x and the parameters")
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (THEIRS, OURS)]
-        figure.legend(handles, ("unfused chain", "lora_kernels"), loc="outside lower center", ncols=2)
-        headline(figure, "Kept for backward by one LoRA linear", provenance(records[0]))
+        figure, axes = plt.subplots(figsize=(8.6, 5), layout="constrained")
+        for name, colour in ((FROZEN, CONTROL), (UNFUSED, THEIRS), (providers.AUTO.name, OURS)):
+            points = []
+            for record in shown:
+                if record.provider == name and record.median_ms:
+                    operations, moved = work(case_of(record), has_lora=name != FROZEN)
+                    points.append((operations / moved, operations / record.median_ms / 1e9))
+            if points:
+                axes.scatter(*zip(*points, strict=True), s=20, color=colour, label=name, zorder=3)
+        peaks: dict[float, list[str]] = {}
+        for dtype in dict.fromkeys(record.dtype for record in shown):
+            if dtype in ceilings.gemm_tflops:
+                peaks.setdefault(ceilings.tflops(dtype), []).append(dtype)
+        for peak, dtypes in peaks.items():
+            slope = ceilings.copy_gb_s / 1e3
+            reach = [0.5, peak / slope, max(20 * peak / slope, 5000)]
+            axes.plot(reach, [min(peak, slope * x) for x in reach], color=INK, linewidth=0.9)
+            text = axes.annotate(", ".join(dtypes), (reach[-1], peak), (-4, 3), textcoords="offset points")
+            text.set(ha="right", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
+        figure.legend(loc="outside lower center", ncols=3)
+        headline(figure, "Under the ceilings measured on this device", provenance(shown[0]))
         _save(figure, path)
 
 
@@ -119,3 +212,15 @@ def _pair(axes: Axes, values: Sequence[float], title: str, form: str) -> None:
     axes.set_title(title)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="with linear.csv and run.json; the pictures go there, too")
+    folder = parser.parse_args(argv).folder
+    ceilings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["ceilings"]
+    linear(read_csv(folder / "linear.csv"), Ceilings(**ceilings), folder)
+
+
+if __name__ == "__main__":
+    main()

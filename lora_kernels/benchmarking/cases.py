@@ -27,6 +27,7 @@ class LinearCase:
         dropout_p: on the LoRA path's input.
         bias: whether the base linear has a bias (frozen).
         mode: "forward" under `no_grad`, or "forward+backward" with gradients for x, lora_A and lora_B.
+        graph: whether what is timed is the replay of a CUDA graph, as decoding servers run it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LinearCase:
     dropout_p: float = 0.0
     bias: bool = True
     mode: Mode = "forward+backward"
+    graph: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -142,10 +144,11 @@ def suite_for(device: torch.device) -> tuple[LinearCase, ...]:
 
 
 def select(cases: Iterable[LinearCase], pattern: str) -> tuple[LinearCase, ...]:
-    """Those cases whose `name dtypes mode p=…` contains every word of `pattern`."""
+    """Those cases whose `name dtypes mode p=… M=… r=… [graph]` contains every word of `pattern`."""
     words = pattern.split()
 
     def haystack(case: LinearCase) -> str:
-        return f"{case.name} {case.dtypes} {case.mode} p={case.dropout_p:g} M={case.M}"
+        graph = " graph" if case.graph else ""
+        return f"{case.name} {case.dtypes} {case.mode} p={case.dropout_p:g} M={case.M} r={case.R}{graph}"
 
     return tuple(case for case in cases if all(word in haystack(case) for word in words))

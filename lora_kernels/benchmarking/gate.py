@@ -6,6 +6,7 @@ twice the error that eager PyTorch makes in the same dtype, five operations in a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -49,12 +50,12 @@ class Gate:
 
     def __init__(self, case: LinearCase, inputs: CaseInputs) -> None:
         self._case, self._inputs = case, inputs
-        self._expected: dict[tuple[bool, float], tuple[dict[str, Tensor], dict[str, float]]] = {}
+        self._expected: dict[tuple[bool, bool, float], tuple[dict[str, Tensor], dict[str, float]]] = {}
 
     def check(self, provider: Provider) -> Verdict:
         """Run the contender once and compare y and, in a backward case, every gradient."""
         dropout_p = self._case.dropout_p if provider.seeded_mask else 0.0
-        truth, budgets = self._truth_and_budgets(provider.has_lora, dropout_p)
+        truth, budgets = self._truth_and_budgets(provider.has_lora, provider.casts_adapters, dropout_p)
         got = evaluate(provider, self._case, self._inputs, dropout_p)
         worst = Verdict("y", math.nan, 0.0)
         for name, wanted in truth.items():
@@ -65,10 +66,13 @@ class Gate:
                 worst = verdict
         return worst
 
-    def _truth_and_budgets(self, has_lora: bool, dropout_p: float) -> tuple[dict[str, Tensor], dict[str, float]]:
-        key = (has_lora, dropout_p)
+    def _truth_and_budgets(
+        self, has_lora: bool, casts_adapters: bool, dropout_p: float
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        key = (has_lora, casts_adapters, dropout_p)
         if key not in self._expected:
-            eager = Provider("eager", _reference if has_lora else _base, has_lora=has_lora)
+            with_lora = _reference_with_casts if casts_adapters else _reference
+            eager = Provider("eager", with_lora if has_lora else _base, has_lora=has_lora)
             wide = _in_fp64(self._inputs)
             truth = evaluate(eager, self._case, wide, dropout_p)
             rounded = evaluate(eager, self._case, self._inputs, dropout_p)
@@ -114,6 +118,12 @@ def _reference(inputs: CaseInputs, dropout_p: float) -> Tensor:
         dropout_p=dropout_p,
         seed=seed,
     )
+
+
+def _reference_with_casts(inputs: CaseInputs, dropout_p: float) -> Tensor:
+    dtype = inputs.x.dtype
+    cast = dataclasses.replace(inputs, lora_A=inputs.lora_A.to(dtype), lora_B=inputs.lora_B.to(dtype))
+    return _reference(cast, dropout_p)
 
 
 def _base(inputs: CaseInputs, dropout_p: float) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class CaseInputs:
     bias: Tensor | None
     dy: Tensor
     scaling: float
+    _built: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(case: LinearCase, device: torch.device) -> CaseInputs:
@@ -51,6 +53,12 @@ class CaseInputs:
             dy=normal(case.M, case.N, 1.0, base),
             scaling=2.0,
         )
+
+    def build(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What a contender makes once per case and calls many times, a module or a compiled function: `make()`."""
+        if key not in self._built:
+            self._built[key] = make()
+        return self._built[key]
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -78,6 +86,8 @@ class Provider:
         has_lora: False for the frozen linear, which is held against the base alone.
         seeded_mask: whether dropout follows this package's mask of `SEED`. A contender with a mask of its own is
             checked at p = 0, where there is one right answer, and timed with dropout on.
+        casts_adapters: whether it multiplies fp32 adapters in x's 16-bit dtype by design, as under autocast. Its budget
+            is then twice the error of the eager chain that does so, too.
         why_not: (case, device) → the reason why it cannot run there, or None.
     """
 
@@ -85,6 +95,7 @@ class Provider:
     forward: Callable[[CaseInputs, float], Tensor]
     has_lora: bool = True
     seeded_mask: bool = False
+    casts_adapters: bool = False
     why_not: Callable[[LinearCase, torch.device], str | None] = _always
 
 

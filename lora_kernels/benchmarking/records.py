@@ -13,9 +13,11 @@ import platform
 import re
 import shutil
 import subprocess
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +35,7 @@ class Environment:
     threads: int
     torch: str
     triton: str
+    peft: str
     python: str
     commit: str
     date: str
@@ -47,6 +50,7 @@ class Environment:
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             triton=_version("triton"),
+            peft=_version("peft"),
             python=platform.python_version(),
             commit=_commit(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -66,7 +70,9 @@ class Record:
 
     `speedup` is time(unfused chain) / time(this), `cost` is time(this) / time(frozen linear); both are medians of
     ratios paired inside a round, with their 10th and 90th percentile. Times are None where the gate refused the
-    contender, where it raised, or where it cannot run (`status` says why).
+    contender, where it raised, or where it cannot run (`status` says why). `floor_ms` is the least time that the
+    measured ceilings of this device allow (`roofline.floor_ms`), `roofline` is floor_ms / median_ms; `peak_bytes` is
+    what one call allocated at most, `saved_bytes` what forward kept for backward beyond x and the parameters.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Record:
     dropout_p: float
     bias: bool
     mode: str
+    graph: bool
     provider: str
     status: str
     rounds: int
@@ -96,11 +103,15 @@ class Record:
     error: float | None
     error_budget: float | None
     saved_bytes: int | None
+    peak_bytes: int | None
+    floor_ms: float | None
+    roofline: float | None
     device: str
     driver: str
     threads: int
     torch: str
     triton: str
+    peft: str
     python: str
     commit: str
     date: str
@@ -124,6 +135,27 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
     writer.writeheader()
     writer.writerows(dataclasses.asdict(record) for record in records)
     _replace(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[Record]:
+    """The rows that `write_csv` wrote, now or before a column was added: what is not there is empty, zero or None."""
+    kinds = typing.get_type_hints(Record)
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Record(**{name: _cell(row.get(name) or "", kind) for name, kind in kinds.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _cell(text: str, kind: Any) -> Any:
+    if kind is bool:
+        return text == "True"
+    if kind is str:
+        return text
+    number = float if kind in (float, float | None) else int
+    if text:
+        return number(text)
+    return None if kind in (float | None, int | None) else number(0)
 
 
 def write_json(records: Sequence[Record], path: Path) -> None:

@@ -25,6 +25,7 @@ def case_of(record: Record) -> LinearCase:
         dropout_p=record.dropout_p,
         bias=record.bias,
         mode="forward+backward" if record.mode == "forward+backward" else "forward",
+        graph=record.graph,
     )
 
 

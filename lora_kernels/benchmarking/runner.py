@@ -11,9 +11,10 @@ import torch
 
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.gate import Gate, Verdict
-from lora_kernels.benchmarking.memory import saved_bytes
+from lora_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED, CaseInputs, Provider
 from lora_kernels.benchmarking.records import Environment, Record
+from lora_kernels.benchmarking.roofline import Ceilings, floor_ms
 from lora_kernels.benchmarking.timer import Samples, interleave
 
 
@@ -38,6 +39,8 @@ def run_case(
     environment: Environment,
     budget_s: float = 1.5,
     rounds: int | None = None,
+    ceilings: Ceilings | None = None,
+    keep: Callable[[LinearCase, Samples], None] | None = None,
 ) -> list[Record]:
     """Check every contender against fp64, then time those that passed, interleaved.
 
@@ -51,6 +54,8 @@ def run_case(
         environment: goes into each record.
         budget_s: seconds of timing for the case.
         rounds: exact number of timing rounds instead.
+        ceilings: of this device, for the roofline columns; None leaves them empty.
+        keep: is handed the samples of every round.
     """
     found = {provider.name: _Found(f"unavailable: {provider.why_not(case, device)}") for provider in providers}
     able = [provider for provider in providers if provider.why_not(case, device) is None]
@@ -62,10 +67,27 @@ def run_case(
     else:
         found |= _check(case, inputs, able)
         fit = [provider for provider in able if found[provider.name].status == "ok"]
-        calls = {provider.name: _call(provider, case, inputs) for provider in fit}
-        samples, failures = _time(calls, device=device, rounds=rounds, budget_s=budget_s)
+        calls: dict[str, Callable[[], object]] = {}
+        failures: dict[str, str] = {}
+        for provider in fit:
+            call = timed_call(provider, case, inputs)
+            try:
+                peak = peak_bytes(call, device=device)
+                calls[provider.name] = _captured(call, device) if case.graph else call
+            except Exception as error:  # as in _check
+                failures[provider.name] = _failed(error)
+            else:
+                found[provider.name] = dataclasses.replace(found[provider.name], peak=peak)
+        samples, failed_later = _time(calls, device=device, rounds=rounds, budget_s=budget_s)
+        failures |= failed_later
         found |= {name: dataclasses.replace(found[name], status=status) for name, status in failures.items()}
-    return [_record(case, name, of_one, samples, environment) for name, of_one in found.items()]
+        if keep is not None and samples.ms:
+            keep(case, samples)
+    floors = {
+        provider.name: floor_ms(case, ceilings, has_lora=provider.has_lora) if ceilings else None
+        for provider in providers
+    }
+    return [_record(case, name, of_one, samples, floors[name], environment) for name, of_one in found.items()]
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,7 @@ class _Found:
     status: str
     verdict: Verdict | None = None
     saved: int | None = None
+    peak: int | None = None
 
 
 def _failed(error: Exception) -> str:
@@ -125,7 +148,7 @@ def _forward(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callab
     return lambda: provider.forward(inputs, case.dropout_p)
 
 
-def _call(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callable[[], object]:
+def timed_call(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callable[[], object]:
     """What is timed: forward without a graph, or forward and the gradients of x, lora_A and lora_B."""
     forward = _forward(provider, case, inputs)
     leaves = tuple(inputs.leaves.values()) if provider.has_lora else (inputs.x,)
@@ -140,10 +163,28 @@ def _call(provider: Provider, case: LinearCase, inputs: CaseInputs) -> Callable[
     return with_gradients if case.backward else without_graph
 
 
-def _record(case: LinearCase, name: str, found: _Found, samples: Samples, environment: Environment) -> Record:
+def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call as a CUDA graph's replay: one launch for the host, whatever it holds."""
+    if device.type != "cuda":
+        raise ValueError(f"device must be a CUDA device where case.graph is set; got {str(device)!r}")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # compilation, autotuning and workspaces are not to be captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _record(
+    case: LinearCase, name: str, found: _Found, samples: Samples, floor: float | None, environment: Environment
+) -> Record:
     verdict = found.verdict
     timed = name in samples.ms
-    time = samples.time(name) if timed else None
+    spread = samples.time(name) if timed else None
     speedup = samples.ratio(UNFUSED, name) if timed and UNFUSED in samples.ms else None
     cost = samples.ratio(name, FROZEN) if timed and FROZEN in samples.ms else None
     return Record(
@@ -151,9 +192,9 @@ def _record(case: LinearCase, name: str, found: _Found, samples: Samples, enviro
         provider=name,
         status=found.status,
         rounds=samples.rounds if timed else 0,
-        median_ms=time.median if time else None,
-        p10_ms=time.p10 if time else None,
-        p90_ms=time.p90 if time else None,
+        median_ms=spread.median if spread else None,
+        p10_ms=spread.p10 if spread else None,
+        p90_ms=spread.p90 if spread else None,
         speedup=speedup.median if speedup else None,
         speedup_p10=speedup.p10 if speedup else None,
         speedup_p90=speedup.p90 if speedup else None,
@@ -164,5 +205,8 @@ def _record(case: LinearCase, name: str, found: _Found, samples: Samples, enviro
         error=verdict.error if verdict else None,
         error_budget=verdict.budget if verdict else None,
         saved_bytes=found.saved,
+        peak_bytes=found.peak,
+        floor_ms=floor,
+        roofline=floor / spread.median if floor is not None and spread and spread.median > 0 else None,
         **dataclasses.asdict(environment),
     )

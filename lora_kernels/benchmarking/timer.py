@@ -16,6 +16,9 @@ import torch
 
 # Larger than the last-level cache of any GPU on sale (H100 50 MB, B200 126 MB, MI300X 256 MB).
 L2_FLUSH_BYTES = 512 * 2**20
+# About a millisecond of GPU clock between flush and start. The flush alone keeps the queue busy for 0.15 ms on an H200,
+# in which a host launches a fused forward, but not PEFT's forward and backward: what is timed would be Python.
+LEAD_CYCLES = 2_000_000
 MIN_ROUNDS, MAX_ROUNDS = 6, 60  # where a time budget decides
 
 
@@ -97,8 +100,9 @@ def interleave(
 
     Args:
         contenders: name → callable; what it returns is dropped at once.
-        device: where the work happens. On CUDA, times come from events around the call, after an L2 flush that also
-            keeps the queue busy while the host prepares the launch; elsewhere from `time.perf_counter`.
+        device: where the work happens. On CUDA, times come from events around the call, after an L2 flush and a short
+            wait on the GPU, which keep the queue busy while the host prepares the launches; elsewhere from
+            `time.perf_counter`.
         rounds: exact number of rounds; `None` takes as many as fit in `budget_s`.
         budget_s: seconds to spend when `rounds` is None, bounded by `MIN_ROUNDS` and `MAX_ROUNDS`.
         warmup: untimed rounds first (allocator, JIT, clocks).
@@ -131,6 +135,19 @@ def interleave(
     return Samples({name: tuple(values) for name, values in ms.items()})
 
 
+def warm_up(device: torch.device, seconds: float) -> None:
+    """Products at full load for so long: clocks fall as a chip gets warm, and should do so before the first row."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(8):
+            torch.mm(a, a, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
 class _HostClock:
     """Wall-clock time of a synchronous call."""
 
@@ -160,6 +177,7 @@ class _CudaClock:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.device(self._device):
             self._flush.zero_()
+            torch.cuda._sleep(LEAD_CYCLES)
             start.record()
             fn()
             end.record()

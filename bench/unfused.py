@@ -1,4 +1,4 @@
-"""What this package is compared with: the contenders of the linear suite, and the unfused layer as a module."""
+"""The unfused layer as a module, for whole models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.benchmarking.providers import (
-    FROZEN as FROZEN,
-    PROVIDERS as PROVIDERS,
-    UNFUSED as UNFUSED,
-    unfused_chain,
-)
+from lora_kernels.benchmarking.providers import unfused_chain
 
 
 class UnfusedLoRALinear(nn.Module):

@@ -1,0 +1,171 @@
+"""What a call costs the host: lora_linear over the same autograd.Function doing nothing, with tensors of no size.
+
+    python -m bench.host [--device DEVICE] [--out FOLDER]
+
+A step of a small model, or of any model on a fast GPU, waits for Python. The control saves the same tensors through the
+same kind of node, returns an empty y, and in backward empty gradients: what is left above it is validation, planning
+and dispatch, and on a CPU also the products, here of 16 rows. On a GPU nothing is waited for while the clock runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.providers import ADDMM, AUTO, UNFUSED_CHAIN
+from lora_kernels.benchmarking.cases import LinearCase
+from lora_kernels.benchmarking.providers import CaseInputs
+from lora_kernels.benchmarking.records import Environment, device_slug
+from lora_kernels.benchmarking.timer import Samples, round_order
+
+NOTHING = "nothing"
+CALLS = 40  # between two looks at the clock; a GPU's launch queue holds about a thousand launches
+ROUNDS = 40
+TINY = 16  # rows, columns and rank
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """One contender: microseconds of host time per forward and backward, and above the node that does nothing."""
+
+    contender: str
+    dropout_p: float
+    us: float
+    us_p10: float
+    us_p90: float
+    over_nothing_us: float
+    device: str
+    commit: str
+
+
+class Nothing(torch.autograd.Function):
+    """The node of lora_linear with no work in it: the same nine inputs, the same tensors saved."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        ctx.save_for_backward(x, weight, lora_A, lora_B, y.new_empty(x.shape[0], lora_A.shape[0]), seed)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, _, lora_A, lora_B, _, _ = ctx.saved_tensors
+        gradients = torch.empty_like(x), None, torch.empty_like(lora_A), torch.empty_like(lora_B)
+        return (*gradients, None, None, None, None, None)
+
+
+def _nothing(inputs: CaseInputs, dropout_p: float) -> Tensor:
+    i = inputs
+    return Nothing.apply(i.x, i.weight, i.lora_A, i.lora_B, i.bias, None, i.scaling, dropout_p, "auto")
+
+
+def measure(device: torch.device, *, rounds: int = ROUNDS, dropout_p: float = 0.0) -> list[HostRow]:
+    """A row for each contender, timed in turns."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    case = LinearCase("host", "none", TINY, TINY, TINY, TINY, dtype=dtype, adapter_dtype=dtype, dropout_p=dropout_p)
+    inputs = CaseInputs.of(case, device)
+    leaves = tuple(inputs.leaves.values())
+    forwards = {
+        NOTHING: _nothing,
+        "lora_linear": AUTO.forward,
+        UNFUSED_CHAIN.name: UNFUSED_CHAIN.forward,
+        ADDMM.name: ADDMM.forward,
+    }
+
+    def step(forward: Callable[[CaseInputs, float], Tensor]) -> None:
+        torch.autograd.grad(forward(inputs, dropout_p), leaves, inputs.dy)
+
+    steps = {name: partial(step, forward) for name, forward in forwards.items()}
+    us: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        for name in round_order(list(steps), index):
+            elapsed = _timed(steps[name], device)
+            if index:  # the first round compiles
+                us[name].append(elapsed)
+    samples = Samples({name: tuple(values) for name, values in us.items()})
+    environment = Environment.current(device)
+    nothing = samples.time(NOTHING).median
+    return [
+        HostRow(
+            contender=name,
+            dropout_p=dropout_p,
+            us=spread.median,
+            us_p10=spread.p10,
+            us_p90=spread.p90,
+            over_nothing_us=spread.median - nothing,
+            device=environment.device,
+            commit=environment.commit,
+        )
+        for name, spread in ((name, samples.time(name)) for name in steps)
+    ]
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        step()
+    return (time.perf_counter() - start) / CALLS * 1e6
+
+
+def write_csv(rows: Sequence[HostRow], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(HostRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_csv(path: Path) -> list[HostRow]:
+    if not path.exists():
+        return []
+    texts = {"contender", "device", "commit"}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            HostRow(**{name: cell if name in texts else float(cell) for name, cell in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def lines(rows: Sequence[HostRow]) -> list[str]:
+    """The table in the terminal."""
+    head = f"{'host time, forward + backward':<30} {'p':>4} {'us':>8}  {'p10-p90':>16} {'over nothing':>13}"
+    return [
+        head,
+        "-" * len(head),
+        *(
+            f"{r.contender:<30} {r.dropout_p:>4g} {r.us:>8.1f}  {f'{r.us_p10:.1f}-{r.us_p90:.1f}':>16} "
+            f"{r.over_nothing_us:>13.1f}"
+            for r in rows
+        ),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder for host.csv (default: bench/results/local/<device>)")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    rows = [row for p in (0.0, 0.1) for row in measure(device, dropout_p=p)]
+    print("\n".join(lines(rows)))
+    out = arguments.out or Path(__file__).parent / "results" / "local" / device_slug(device)
+    write_csv(rows, out / "host.csv")
+    print(f"written: {out / 'host.csv'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
