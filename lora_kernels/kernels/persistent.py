@@ -9,9 +9,9 @@ Operands as in `gemm_expand_tma`, with s and e described, too. One warp loads an
     consume   the upper or the lower half of a slot's rows, then of out's, 64 columns at a time
 
 The expand is ceil(R / BLOCK_K) more steps over [s | e] after the ceil(K / BLOCK_K) over [lhs | rhs]: no register and no
-byte of shared memory for any rank. Columns past R arrive as zeros, and of the expand's steps only the first BLOCK_R
-columns are multiplied. Scaling is already inside s; there is no dropout. The same bits every time: each element is one
-chain of additions in the order of k.
+byte of shared memory for any rank. Columns past R arrive as zeros, and only the first BLOCK_R columns of the expand's
+steps are multiplied, which is all of BLOCK_K or at least R. Scaling is already inside s; there is no dropout. The same
+bits every time: each element is one chain of additions in the order of k.
 
 The protocol, argued in docs/design/persistent.md: `full[slot]` completes when the bytes of a step have landed,
 `empty[slot]` when both consumers have read them. Step i has slot i mod STAGES and waits for parity (i div STAGES) mod 2
@@ -63,6 +63,7 @@ CHUNK = tl.constexpr(64)  # columns of out in one store: the 128 bytes of the wi
 CHUNKS_IN_FLIGHT = tl.constexpr(2)  # of each consumer: one is stored while the next is written
 # A thread's, of 3 x 168 that three warpgroups have. 64 x 256 accumulators take 128, so that 240 spill nothing.
 CONSUMER_REGISTERS, LOADER_REGISTERS = tl.constexpr(240), tl.constexpr(24)
+LOADER_WARPS = tl.constexpr(1)  # of its warpgroup, whose other three idle
 
 
 # -- what both sides count by; plain arithmetic, which tests/unit runs as Python ---------------------------------------
@@ -236,7 +237,7 @@ def persistent_kernel(
             (produce, (lhs_desc, rhs_desc, s_desc, e_desc, lhs_ring, rhs_ring, full, empty, M, N, K, R, RHS_IS_NK,
                        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES)),
         ],
-        [4, 1],
+        [4, LOADER_WARPS],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip
 
