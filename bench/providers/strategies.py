@@ -6,7 +6,6 @@ plan of that name.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -17,18 +16,21 @@ from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import SEED, CaseInputs, Provider
 from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import Needs, linear_implementation, problem_of
-from lora_kernels.planning import Plan, make_plan
+from lora_kernels.planning import Backend, Plan, Way, make_plan
 from lora_kernels.planning.device import triton_available
+from lora_kernels.planning.plan import Strategy, paired, ways_of
 
-STRATEGY_NAMES = (
+STRATEGY_NAMES: tuple[tuple[Backend, Strategy], ...] = (
     ("torch", "library"),
     ("torch", "upcast"),
     ("triton", "one_pass"),
     ("triton", "shrink_fused"),
+    ("triton", "library"),
+    ("triton", "persistent"),
 )
 
 
-def plan_of(case: LinearCase, device: torch.device, backend: str, strategy: str) -> Plan:
+def plan_of(case: LinearCase, device: torch.device, backend: Backend, strategy: Strategy) -> Plan:
     """The backend's plan for a case, with this strategy in place of the one it would choose.
 
     Raises:
@@ -45,7 +47,9 @@ def plan_of(case: LinearCase, device: torch.device, backend: str, strategy: str)
         raise UnsupportedError("converts 16-bit operands on a CPU; there is nothing to convert here")
     if strategy == "one_pass" and "one_pass" not in dict(planned.tiles):
         raise UnsupportedError(f"has no tile for r = {case.R}")
-    return dataclasses.replace(planned, strategy=strategy)
+    if Way(backend, strategy) not in ways_of(problem, "forward", (backend,)):
+        raise UnsupportedError("does not serve this problem: see ways_of in planning/plan.py")
+    return paired(problem, planned, strategy)
 
 
 class StrategyFunction(torch.autograd.Function):
@@ -54,21 +58,21 @@ class StrategyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.plan = inputs
-        y, xa = linear_implementation(ctx.plan).forward(*inputs)
+        y, xa = linear_implementation(ctx.plan.backend).forward(*inputs)
         ctx.save_for_backward(x, weight, lora_A, lora_B, xa, seed)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, xa, seed = ctx.saved_tensors
-        gradients = linear_implementation(ctx.plan).backward(
+        gradients = linear_implementation(ctx.plan.backward_way.backend).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, Needs(*ctx.needs_input_grad[:5]),
             ctx.plan,
         )  # fmt: skip
         return (*gradients, None, None, None, None)
 
 
-def strategy_provider(backend: str, strategy: str) -> Provider:
+def strategy_provider(backend: Backend, strategy: Strategy) -> Provider:
     """One strategy as a contender, `backend:strategy`."""
 
     def forward(inputs: CaseInputs, dropout_p: float) -> Tensor:

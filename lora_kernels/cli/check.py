@@ -25,7 +25,7 @@ from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
-from lora_kernels.planning.plan import Strategy, obstacle_to_triton
+from lora_kernels.planning.plan import Strategy, obstacle_to_triton, paired, ways_of
 from lora_kernels.reference.philox import keep_mask
 from lora_kernels.testing import (
     LinearInputs,
@@ -224,15 +224,19 @@ def _plans(
 
     def name(plan: Plan) -> str:
         # Operands that descriptors cannot serve go through the pointer kernel, whatever the plan allows.
-        return f"{plan.strategy}, TMA" if plan.use_tma and case.aligned else plan.strategy
+        descriptors = plan.use_tma and case.aligned and plan.backward_way.strategy == "fused"
+        return f"{plan.strategy}, TMA" if descriptors else plan.strategy
 
     strategies: list[Strategy] = []
     if backend == "triton":
-        strategies = ["shrink_fused", *(("one_pass",) if "one_pass" in dict(planned.tiles) else ())]
+        # one_pass is right for any number of rows, though it is fast, and planned, for few.
+        strategies = [way.strategy for way in ways_of(problem, "forward", ("triton",))]
+        if "one_pass" in dict(planned.tiles) and "one_pass" not in strategies:
+            strategies.append("one_pass")
     elif device.type == "cpu" and dtype != torch.float32:
         strategies = ["library", "upcast"]
     descriptors = (True, False) if planned.use_tma else (False,)
-    variants = [dataclasses.replace(planned, strategy=s, use_tma=t) for s in strategies for t in descriptors]
+    variants = [dataclasses.replace(paired(problem, planned, s), use_tma=t) for s in strategies for t in descriptors]
     seen: set[str] = set()
     for plan in (planned, *variants):
         if name(plan) not in seen:

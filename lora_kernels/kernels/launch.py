@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels.interpreter import is_interpreting
 
@@ -82,8 +81,8 @@ def _trait(arg: Any, specialised: bool) -> Any:
     kind = type(arg)
     if kind is int:
         return arg if specialised else -INT32 <= arg < INT32
-    if kind is TensorDescriptor:
-        return (arg.base.dtype, *arg.block_shape)
+    if kind.__name__ == "TensorDescriptor":  # Triton's or Gluon's, whose layout here follows from these
+        return (kind, arg.base.dtype, *arg.block_shape)
     if isinstance(arg, Tensor):
         aligned = arg.data_ptr() % ALIGNMENT == 0
         # AMD's backend also compiles for what 32-bit offsets reach.

@@ -10,15 +10,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
 from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
 from lora_kernels.kernels.bwd_lora_b import LoRABGradients, bwd_lora_b
 from lora_kernels.kernels.gemm_expand import gemm_expand
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma, tma_serves
 from lora_kernels.kernels.interpreter import is_interpreting, repaired
 from lora_kernels.kernels.one_pass import one_pass
+from lora_kernels.kernels.persistent import persistent, persistent_serves
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan
+from lora_kernels.planning.tiles import Tile
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold
 
 
@@ -57,7 +60,8 @@ def forward(
         if plan.strategy == "library":
             y = torch.mm(xa, lora_B.T) if bias is None else torch.addmm(bias, xa, lora_B.T)
             return y.addmm_(x, weight.T), xa
-        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan), xa
+        persistent_tile = plan.tile("persistent") if plan.strategy == "persistent" else None
+        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan, persistent_tile), xa
 
 
 def backward(
@@ -75,6 +79,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there; M >= 1."""
     threshold, scale = _dropout(seed, scaling, dropout_p)
+    strategy = plan.backward_way.strategy
     needs_dyb = needs.x or needs.lora_A
     one_read = needs_dyb and plan.dy_reads == 1
     dx = d_weight = d_lora_A = None
@@ -92,15 +97,27 @@ def backward(
                 x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale, splits=plan.dyb_splits,
                 precision=plan.precision, tile=plan.tile("shrink"),
             )  # fmt: skip
-        if needs.lora_A:
+        if needs.x and strategy == "library" and seed is not None:
+            assert weight is not None and dyb is not None
+            dx, d_lora_A = bwd_dx_lora_a(
+                x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold,
+                dx_dtype=dy.dtype, splits=plan.dx_lora_A_splits, precision=plan.precision,
+                tile=plan.tile("bwd_dx_lora_a_dropout"),
+            )  # fmt: skip
+            dx.addmm_(dy, weight)
+        elif needs.lora_A:
             assert x is not None and dyb is not None
             d_lora_A = bwd_lora_a(
                 x=x, dyb=dyb, seed=seed, threshold=threshold, splits=plan.d_lora_A_splits,
                 precision=plan.precision, tile=plan.tile("bwd_lora_a"),
             )  # fmt: skip
-        if needs.x:
+        if needs.x and dx is None:
             assert weight is not None and dyb is not None
-            dx = _gemm(dy, weight, False, dyb, lora_A, None, seed, threshold, plan)
+            if strategy == "library":
+                dx = torch.mm(dyb, lora_A).addmm_(dy, weight)
+            else:
+                persistent_tile = plan.tile("persistent", backward=True) if strategy == "persistent" else None
+                dx = _gemm(dy, weight, False, dyb, lora_A, None, seed, threshold, plan, persistent_tile)
     # Full fine-tuning beside LoRA: one plain GEMM, and a bias without adapters one plain sum. Nothing to fuse.
     if needs.weight:
         assert x is not None
@@ -125,16 +142,26 @@ def _gemm(
     seed: Tensor | None,
     threshold: int,
     plan: Plan,
+    persistent_tile: Tile | None,
 ) -> Tensor:
     """The large GEMM of either direction with its expand, through descriptors where the layout allows."""
     suffix = "" if seed is None else "_dropout"
+    backward = not transpose_weight
+    if persistent_tile is not None and persistent_serves(
+        lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e
+    ):
+        return persistent(
+            lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias,
+            tile=persistent_tile, sm_count=plan.sm_count,
+        )  # fmt: skip
     n = weight.shape[0 if transpose_weight else 1]
     if plan.use_tma and n * lhs.element_size() % 16 == 0 and tma_serves(lhs, weight):
         return gemm_expand_tma(
             lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias, seed=seed,
-            threshold=threshold, precision=plan.precision, tile=plan.tile("gemm_expand_tma" + suffix),
+            threshold=threshold, precision=plan.precision,
+            tile=plan.tile("gemm_expand_tma" + suffix, backward=backward),
         )  # fmt: skip
     return gemm_expand(
         lhs=lhs, rhs=weight.T if transpose_weight else weight, s=s, e=e, bias=bias, seed=seed,
-        threshold=threshold, precision=plan.precision, tile=plan.tile("gemm_expand" + suffix),
+        threshold=threshold, precision=plan.precision, tile=plan.tile("gemm_expand" + suffix, backward=backward),
     )  # fmt: skip

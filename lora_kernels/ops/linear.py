@@ -21,7 +21,7 @@ from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import _linear_torch
 from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Backend, Plan, Problem, make_plan
-from lora_kernels.planning.device import device_traits, triton_available
+from lora_kernels.planning.device import device_traits, gluon_available, triton_available
 from lora_kernels.planning.measured import row_bucket, table_of
 
 _LIBRARY = torch.library.Library("lora_kernels", "DEF")
@@ -59,6 +59,7 @@ def problem_of(
         sm_count=traits.sm_count,
         tf32=device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32",
         interpreted=config.INTERPRETED,
+        gluon=gluon_available() and not config.INTERPRETED,
     )  # fmt: skip
 
 

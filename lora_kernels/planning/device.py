@@ -44,3 +44,11 @@ def cpu_name() -> str:
 def triton_available() -> bool:
     """Whether triton can be imported, found out without importing it."""
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def gluon_available() -> bool:
+    """Whether this Triton has Gluon, found out without importing either."""
+    root = importlib.util.find_spec("triton")
+    folders = root.submodule_search_locations if root is not None else None
+    return any((Path(folder) / "experimental" / "gluon").is_dir() for folder in folders or ())

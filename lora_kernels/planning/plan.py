@@ -46,7 +46,10 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan depends on. dropout: whether a mask is applied; arch: "sm_90", "gfx942", or the device's type."""
+    """What a plan depends on. dropout: whether a mask is applied; arch: "sm_90", "gfx942", or the device's type.
+
+    gluon: whether this Triton has the language of the persistent kernel.
+    """
 
     M: int
     N: int
@@ -60,6 +63,7 @@ class Problem:
     sm_count: int = 1
     tf32: bool = False
     interpreted: bool = False
+    gluon: bool = False
 
     @property
     def width(self) -> Width:
@@ -106,10 +110,12 @@ class Plan:
         backward_costs: the same for the backward.
         measured: whether the forward's costs were measured on this device, rather than modelled.
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
+        sm_count: multiprocessors, each of which runs one program of a persistent kernel.
         use_tma: whether the large GEMMs may use tensor descriptors.
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
+        dx_lora_A_splits: the same for dA where one kernel computes it beside the low-rank part of dx, under dropout.
         tiles: the tile of each kernel, by the kernel's name; "backward.<kernel>" where the backward has its own.
     """
 
@@ -121,6 +127,7 @@ class Plan:
     backward_costs: tuple[tuple[str, float], ...] = ()
     measured: bool = False
     precision: str = "ieee"
+    sm_count: int = 1
     use_tma: bool = False
     dy_reads: int = 1
     one_pass_splits: int = 1
@@ -128,6 +135,7 @@ class Plan:
     dyb_splits: int = 1
     d_lora_A_splits: int = 1  # noqa: N815 - the tensor's name
     d_lora_B_splits: int = 1  # noqa: N815
+    dx_lora_A_splits: int = 1  # noqa: N815
     tiles: tuple[tuple[str, Tile], ...] = ()
 
     @property
@@ -189,11 +197,29 @@ def ways_of(problem: Problem, direction: Direction, backends: tuple[Backend, ...
             ways.append(Way("torch", "upcast"))
     if "triton" in backends:
         ways.append(Way("triton", "fused" if backward else "shrink_fused"))
-        if backward or problem.width != "mixed":  # library products of fp32 adapters would pass through fp32 copies
+        # Library products of fp32 adapters pass through fp32 copies; under dropout a kernel makes the share of dx.
+        if problem.width != "mixed" or (backward and problem.dropout):
             ways.append(Way("triton", "library"))
+        if _persistent_serves(problem) and not (backward and problem.dropout):
+            ways.append(Way("triton", "persistent"))
         if not backward and _one_row_of_tiles(problem):
             ways.append(Way("triton", "one_pass"))
     return ways
+
+
+def paired(problem: Problem, plan: Plan, strategy: Strategy) -> Plan:
+    """The plan with this strategy forward, whether or not it is the cheapest, and the backward that goes with it."""
+    serving = ways_of(problem, "backward", (plan.backend,))
+    backward = Way(plan.backend, BACKWARD_OF.get(strategy, strategy))
+    return dataclasses.replace(
+        plan, strategy=strategy, backward=backward if backward in serving else serving[0], costs=(), backward_costs=()
+    )
+
+
+def _persistent_serves(problem: Problem) -> bool:
+    """Whether the persistent kernel can: Hopper, 16 bits, and rows of every operand in whole 16 bytes."""
+    whole = all(size % 8 == 0 for size in (problem.N, problem.K, problem.R))
+    return problem.gluon and problem.family == "hopper" and problem.width == "16" and whole
 
 
 def _one_row_of_tiles(problem: Problem) -> bool:
@@ -213,6 +239,7 @@ def _kernel_choices(problem: Problem) -> Plan:
         "shrink": tiles.shrink_tile(family, width, rank),
         "bwd_lora_b": tiles.bwd_lora_b_tile(family, width, rank),
         "bwd_lora_a": tiles.bwd_lora_a_tile(family, width, rank),
+        "bwd_dx_lora_a_dropout": tiles.bwd_dx_lora_a_tile(family, width, rank),
     }
     one_pass_splits = 1
     if rank <= tiles.ONE_PASS_RANK[width]:
@@ -223,6 +250,9 @@ def _kernel_choices(problem: Problem) -> Plan:
             _tiles(m, one_pass.block_m) * _tiles(problem.N, one_pass.block_n),
             problem.K // (ONE_PASS_STEPS * one_pass.block_k),
         )
+    if family == "hopper" and width == "16":
+        table["persistent"] = tiles.persistent_tile(problem.N, rank)
+        table["backward.persistent"] = tiles.persistent_tile(problem.K, rank)
     if tiles.has_tma(family, width):
         table["gemm_expand_tma"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=False)
         table["gemm_expand_tma_dropout"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=True)
@@ -233,6 +263,7 @@ def _kernel_choices(problem: Problem) -> Plan:
         precision = "tf32"
     n, k = problem.N, problem.K
     shrink, lora_a, lora_b = table["shrink"], table["bwd_lora_a"], table["bwd_lora_b"]
+    dx_lora_a = table["bwd_dx_lora_a_dropout"]
     shrink_tiles = _tiles(m, shrink.block_m) * _tiles(rank, shrink.block_r)
     # Each column tile of dy writes M R fp32 shares of dyb: more than the dy that a second read would cost, and not one.
     shares_outweigh_dy = 4 * rank > lora_b.block_n * problem.dtype.itemsize
@@ -242,6 +273,7 @@ def _kernel_choices(problem: Problem) -> Plan:
         strategy="shrink_fused",
         reason="",
         precision=precision,
+        sm_count=problem.sm_count,
         dy_reads=1 if one_read else 2,
         use_tma=problem.has_descriptors,
         one_pass_splits=one_pass_splits,
@@ -252,6 +284,9 @@ def _kernel_choices(problem: Problem) -> Plan:
         ),
         d_lora_B_splits=_splits(
             problem, _tiles(n, lora_b.block_n) * _tiles(rank, lora_b.block_r), _tiles(m, lora_b.block_m)
+        ),
+        dx_lora_A_splits=_splits(
+            problem, _tiles(k, dx_lora_a.block_k) * _tiles(rank, dx_lora_a.block_r), _tiles(m, dx_lora_a.block_m)
         ),
         tiles=tuple(table.items()),
     )
@@ -280,7 +315,9 @@ def _cheapest(
         return way, (), reason
     else:
         costs = Costs(problem)
-        known = {way: costs.of(way, backward=direction == "backward") for way in ways}
+        # What no GPU has run is not taken for its modelled speed: the persistent kernel waits on barriers of its own.
+        modelled = [way for way in ways if way.strategy != "persistent"]
+        known = {way: costs.of(way, backward=direction == "backward") for way in modelled}
         source = "modelled, not measured on this device"
     ranked = sorted(known, key=known.__getitem__)
     chosen = ranked[0]
