@@ -72,6 +72,7 @@ class Plan:
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
+        dx_lora_A_splits: the same for dA where one kernel computes it beside the low-rank part of dx, under dropout.
         tiles: the tile of each kernel, by the kernel's name.
     """
 
@@ -86,6 +87,7 @@ class Plan:
     dyb_splits: int = 1
     d_lora_A_splits: int = 1  # noqa: N815 - the tensor's name
     d_lora_B_splits: int = 1  # noqa: N815
+    dx_lora_A_splits: int = 1  # noqa: N815
     tiles: tuple[tuple[str, Tile], ...] = ()
 
     def tile(self, kernel: str) -> Tile:
@@ -149,6 +151,7 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
         "shrink": tiles.shrink_tile(family, width, rank),
         "bwd_lora_b": tiles.bwd_lora_b_tile(family, width, rank),
         "bwd_lora_a": tiles.bwd_lora_a_tile(family, width, rank),
+        "bwd_dx_lora_a_dropout": tiles.bwd_dx_lora_a_tile(family, width, rank),
     }
     one_pass_splits = 1
     if rank <= tiles.ONE_PASS_RANK[width]:
@@ -169,6 +172,7 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
         precision = "tf32"
     n, k = problem.N, problem.K
     shrink, lora_a, lora_b = table["shrink"], table["bwd_lora_a"], table["bwd_lora_b"]
+    dx_lora_a = table["bwd_dx_lora_a_dropout"]
     shrink_tiles = _tiles(m, shrink.block_m) * _tiles(rank, shrink.block_r)
     # Each column tile of dy writes M R fp32 shares of dyb: more than the dy that a second read would cost, and not one.
     shares_outweigh_dy = 4 * rank > lora_b.block_n * problem.dtype.itemsize
@@ -188,6 +192,9 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
         ),
         d_lora_B_splits=_splits(
             problem, _tiles(n, lora_b.block_n) * _tiles(rank, lora_b.block_r), _tiles(m, lora_b.block_m)
+        ),
+        dx_lora_A_splits=_splits(
+            problem, _tiles(k, dx_lora_a.block_k) * _tiles(rank, dx_lora_a.block_r), _tiles(m, dx_lora_a.block_m)
         ),
         tiles=tuple(table.items()),
     )
