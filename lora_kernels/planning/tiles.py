@@ -130,9 +130,10 @@ def one_pass_tile(family: Family, width: Width, m: int, rank: int) -> Tile:
     """Tile of `one_pass`: block_r is the whole rank, up to ONE_PASS_RANK."""
     block_r = padded_rank(rank)
     few = m <= SMALLEST_DOT
-    stages = 2 if family in ("ada", "cdna3") else 3
+    nvidia = family != "cdna3"
+    stages = 2 if family in ("ada", "cdna3") or (family == "ampere" and block_r == 64 and few) else 3
     if width == "32":
-        tile = _tile(16, 32, 16, 4, 3 if family == "blackwell" and block_r == SMALLEST_DOT else 2)
+        tile = _tile(16, 32, 16, 4, 3 if nvidia and block_r == SMALLEST_DOT else 2)
     elif width == "mixed":
         tile = _tile(16 if few else 32, 32, 32, 4, stages)
     elif block_r <= 64:
@@ -183,6 +184,25 @@ def variants(family: Family, width: Width, kernel: str, tile: Tile) -> tuple[Til
     return tuple(t for other in others if (t := replace(other, block_r=tile.block_r)) != tile)
 
 
+def bwd_dx_lora_a_tile(family: Family, width: Width, rank: int) -> Tile:
+    """Tile of `bwd_dx_lora_a`: half of `bwd_lora_a`'s, as the mask lives until both products have used it."""
+    block_r = padded_rank(rank)
+    if family == "cdna3":  # masks are scalar registers, which larger tiles spill
+        return Tile(
+            block_m=32, block_k=32, block_r=min(block_r, 16 if width == "32" else 32), num_warps=8, num_stages=1
+        )
+    if width == "32":
+        return Tile(block_m=32, block_k=64, block_r=SMALLEST_DOT)
+    if width == "16":
+        return Tile(block_m=64, block_k=64, block_r=min(block_r, 64))
+    # tf32x3 keeps a second accumulator; several rank tiles beside it spill but in the smallest.
+    if block_r <= 32:
+        return Tile(block_m=64 if block_r == SMALLEST_DOT else 32, block_k=64, block_r=block_r)
+    if block_r == 64 and family in ("hopper", "blackwell"):
+        return Tile(block_m=32, block_k=64, block_r=64, num_warps=8)
+    return Tile(block_m=32, block_k=64, block_r=SMALLEST_DOT, num_warps=8 if family == "blackwell" else 4, num_stages=1)
+
+
 @dataclass(frozen=True)
 class ShippedTile:
     """One entry of the table as the compile-only tests and `lora-kernels info` see it."""
@@ -210,7 +230,9 @@ def shipped_tiles(family: Family) -> Iterator[ShippedTile]:
 def _tiles_of(family: Family, width: Width, rank: int, *, dropout: bool) -> Iterator[tuple[str, Tile]]:
     yield "shrink", shrink_tile(family, width, rank)
     yield "bwd_lora_a", bwd_lora_a_tile(family, width, rank)
-    if not dropout:  # dy is never masked
+    if dropout:
+        yield "bwd_dx_lora_a", bwd_dx_lora_a_tile(family, width, rank)
+    else:  # dy is never masked
         yield "bwd_lora_b", bwd_lora_b_tile(family, width, rank)
     for m in (SMALLEST_DOT, FEW_ROWS, 1 << 13):
         yield "gemm_expand", gemm_tile(family, width, m, rank, dropout=dropout)

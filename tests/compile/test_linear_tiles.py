@@ -2,10 +2,12 @@
 limits."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 
+from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a_kernel
 from lora_kernels.kernels.bwd_lora_a import bwd_lora_a_kernel
 from lora_kernels.kernels.bwd_lora_b import bwd_lora_b_kernel
 from lora_kernels.kernels.gemm_expand import gemm_expand_kernel
@@ -13,7 +15,7 @@ from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
 from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
 from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
-from lora_kernels.planning.tiles import FAMILY_OF_ARCH, ShippedTile, shipped_tiles
+from lora_kernels.planning.tiles import FAMILY_OF_ARCH, MAX_RANK, ShippedTile, bwd_dx_lora_a_tile, shipped_tiles
 from tests.compile.support import TARGETS, Figures, compile_only
 
 KERNELS = {
@@ -23,12 +25,14 @@ KERNELS = {
     "gemm_expand": gemm_expand_kernel,
     "gemm_expand_tma": gemm_expand_tma_kernel,
     "bwd_lora_a": bwd_lora_a_kernel,
+    "bwd_dx_lora_a": bwd_dx_lora_a_kernel,
     "bwd_lora_b": bwd_lora_b_kernel,
 }
 # A partial sum is fp32 whatever the inputs; the rest is the problem's dtype or its adapters'.
 PARTIALS = {
     "one_pass_sum": ("y_shares_ptr", "xa_shares_ptr"),
     "bwd_lora_a": ("d_a_ptr",),
+    "bwd_dx_lora_a": ("d_a_ptr",),
     "bwd_lora_b": ("dyb_ptr", "d_b_ptr", "d_bias_ptr"),
 }
 OF_ADAPTERS = {"a_ptr", "b_ptr", "s_ptr", "e_ptr", "xa_ptr", "dyb_ptr"}
@@ -65,6 +69,16 @@ def variants(shipped: ShippedTile) -> list[Variant]:
             return [dx] if shipped.dropout else [dx, Variant(("stride_e_r",), forward_flags)]
         case "bwd_lora_a":
             return [Variant(("stride_x_k",), dropout)]
+        case "bwd_dx_lora_a":
+            unit = ("stride_x_k", "stride_a_k")
+            tile_of = partial(bwd_dx_lora_a_tile, shipped.family, shipped.width)
+            # One rank tile holds the ranks it was made for; the tile of the highest rank serves in several.
+            one, several = tile_of(shipped.tile.block_r) == shipped.tile, tile_of(MAX_RANK) == shipped.tile
+            return [
+                Variant(unit, {"NEEDS_D_A": True, "ONE_RANK_TILE": flag})
+                for flag, used in ((True, one), (False, several))
+                if used
+            ]
         case "bwd_lora_b":
             flags = {"NEEDS_DYB": True, "NEEDS_D_B": True, "NEEDS_D_BIAS": True}
             return [Variant(("stride_dy_n", "stride_b_r"), flags)]
@@ -99,9 +113,9 @@ def figures_of(shipped: ShippedTile, variant: Variant, target: str) -> Figures:
         if name in types:
             signature[name] = types[name]
         elif name.endswith("_ptr"):
-            partial = name in PARTIALS.get(shipped.kernel, ())
-            partial |= variant.flags.get("IS_PARTIAL", False) and name in ("y_ptr", "xa_ptr")
-            signature[name] = "*fp32" if partial else "*" + (adapter if name in OF_ADAPTERS else dtype)
+            is_share = name in PARTIALS.get(shipped.kernel, ())
+            is_share |= variant.flags.get("IS_PARTIAL", False) and name in ("y_ptr", "xa_ptr")
+            signature[name] = "*fp32" if is_share else "*" + (adapter if name in OF_ADAPTERS else dtype)
         else:
             signature[name] = "i32"
         if name.endswith("_ptr") or (signature[name] == "i32" and name not in ("threshold", "splits", "M", "R")):

@@ -181,11 +181,13 @@ def test_splits(sm_count, m, n, k):
     told = plan("triton", m=m, n=n, k=k, sm_count=sm_count)
     m = row_bucket(m)
     shrink, lora_a, lora_b = (told.tile(kernel) for kernel in ("shrink", "bwd_lora_a", "bwd_lora_b"))
+    dx_lora_a = told.tile("bwd_dx_lora_a_dropout")
     # Each reduction is split by its own kernel's grid: programs without splits, and steps there are to share.
     for splits, programs, steps in (
         (told.xa_splits, -(-m // shrink.block_m), -(-k // shrink.block_k)),
         (told.dyb_splits, -(-m // shrink.block_m), -(-n // shrink.block_k)),
         (told.d_lora_A_splits, -(-k // lora_a.block_k), -(-m // lora_a.block_m)),
+        (told.dx_lora_A_splits, -(-k // dx_lora_a.block_k), -(-m // dx_lora_a.block_m)),
         (told.d_lora_B_splits, -(-n // lora_b.block_n), -(-m // lora_b.block_m)),
     ):
         assert splits == max(1, min(sm_count // programs, steps, 64))
@@ -202,7 +204,7 @@ def test_padded_rank(rank):
 def assert_well_formed(kernel: str, tile: Tile) -> None:
     used = {
         "gemm_expand": "mnkr", "gemm_expand_tma": "mnkr", "one_pass": "mnkr", "one_pass_sum": "mnr",
-        "shrink": "mkr", "bwd_lora_b": "mnr", "bwd_lora_a": "mkr",
+        "shrink": "mkr", "bwd_lora_b": "mnr", "bwd_lora_a": "mkr", "bwd_dx_lora_a": "mkr",
     }[kernel.removesuffix("_dropout")]  # fmt: skip
     for letter in used:
         block = getattr(tile, f"block_{letter}")
