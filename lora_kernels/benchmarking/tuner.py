@@ -152,10 +152,12 @@ def _candidates(problem: Problem, direction: Direction) -> Iterator[_Candidate]:
         if kernel is None:
             yield _Candidate(way, plan)
             continue
-        planned = plan.tile(kernel)
-        for tile in (planned, *tiles.variants(problem.family, problem.width, kernel, planned)):
-            tuned = ((kernel, tile),)
-            yield _Candidate(way, dataclasses.replace(plan, tiles=(*plan.tiles, *tuned)), tuned)
+        planned = plan.tile(kernel, backward=direction == "backward")
+        for tile in (planned, *tiles.variants(problem.family, problem.width, kernel, rows=problem.M, rank=problem.R)):
+            if tile is not planned and tile == planned:
+                continue
+            name = kernel if direction == "forward" else f"backward.{kernel}"
+            yield _Candidate(way, dataclasses.replace(plan, tiles=(*plan.tiles, (name, tile))), ((kernel, tile),))
 
 
 class _Runner:

@@ -2,39 +2,21 @@
 
     t(GEMM) = max(2 M N K / F, bytes / B)        t(pass) = bytes / B        + launches x gap
 
-F and B are a family's data-sheet rates times what a good kernel reaches of them. The model ranks compositions where
-nothing has been measured, and its figures say "modelled" wherever they are shown; a measurement of this very device
-(`planning.measured`) always goes before it.
+F and B are a family's data-sheet rates (`tables/`) times what a good kernel reaches of them. The model ranks
+compositions where nothing has been measured, and its figures say "modelled" wherever they are shown; a measurement of
+this very device (`planning.measured`) always goes before it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_kernels.planning.tiles import Family, Width, padded_rank
+from lora_kernels.planning.tiles import Width, padded_rank, table_of
 
 if TYPE_CHECKING:
     from lora_kernels.planning.plan import Problem, Way
 
 
-@dataclass(frozen=True)
-class Rates:
-    """A family's data-sheet rates, dense: TFLOP/s by width of the base product, TB/s of its memory."""
-
-    tflops_16: float
-    tflops_32: float
-    tbytes: float
-
-
-# Data sheets of H200 SXM, B200, A100 80GB, L40S, MI300X. fp32 is what "ieee" products use: FMA, on cdna3 matrix units.
-RATES: dict[Family, Rates] = {
-    "hopper": Rates(989.0, 67.0, 4.8),
-    "blackwell": Rates(2250.0, 80.0, 8.0),
-    "ampere": Rates(312.0, 19.5, 2.0),
-    "ada": Rates(362.0, 91.6, 0.864),
-    "cdna3": Rates(1307.0, 163.4, 5.3),
-}
 LIBRARY_GEMM, COPY = 0.80, 0.88
 """Share of the data sheet that library GEMMs and copies reach; public figures for an H100."""
 FUSED_GEMM = {"descriptors": 0.93, "pointers": 0.85}
@@ -53,7 +35,7 @@ class Costs:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        rates = RATES[problem.family]
+        rates = table_of(problem.family).rates
         width: Width = problem.width
         self._flops_us = 1e6 * LIBRARY_GEMM * (rates.tflops_32 if width == "32" else rates.tflops_16)
         self._bytes_us = 1e6 * COPY * rates.tbytes

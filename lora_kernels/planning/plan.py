@@ -81,7 +81,7 @@ class Problem:
     @property
     def has_descriptors(self) -> bool:
         """Whether the large GEMMs may use tensor descriptors."""
-        return tiles.has_tma(self.family, self.width) and not self.interpreted
+        return "gemm_expand_tma" in tiles.kernels_of(self.family, self.width) and not self.interpreted
 
     def key(self, direction: Direction) -> Key:
         """Under which measured times of it are kept."""
@@ -217,49 +217,39 @@ def paired(problem: Problem, plan: Plan, strategy: Strategy) -> Plan:
 
 
 def _persistent_serves(problem: Problem) -> bool:
-    """Whether the persistent kernel can: Hopper, 16 bits, and rows of every operand in whole 16 bytes."""
+    """Whether the persistent kernel can: it has tiles, and rows of every operand are whole 16 bytes."""
     whole = all(size % 8 == 0 for size in (problem.N, problem.K, problem.R))
-    return problem.gluon and problem.family == "hopper" and problem.width == "16" and whole
+    return problem.gluon and whole and "persistent" in tiles.kernels_of(problem.family, problem.width)
 
 
 def _one_row_of_tiles(problem: Problem) -> bool:
     """Whether one_pass reads the weight once: M fits one tile, whose accumulators fit the registers."""
-    if tiles.ONE_PASS_RANK[problem.width] < problem.R:
-        return False
-    return tiles.one_pass_tile(problem.family, problem.width, problem.M, problem.R).block_m >= problem.M
+    tile = tiles.tile_of(problem.family, problem.width, "one_pass", rows=problem.M, rank=problem.R)
+    return tile is not None and tile.block_m >= problem.M
 
 
 def _kernel_choices(problem: Problem) -> Plan:
     """What the kernels run with, whichever of them run: tiles, splits, precision."""
     family, width, m, rank = problem.family, problem.width, problem.M, problem.R
-    nvidia = family != "cdna3"
-    table = {
-        "gemm_expand": tiles.gemm_tile(family, width, m, rank, dropout=False),
-        "gemm_expand_dropout": tiles.gemm_tile(family, width, m, rank, dropout=True),
-        "shrink": tiles.shrink_tile(family, width, rank),
-        "bwd_lora_b": tiles.bwd_lora_b_tile(family, width, rank),
-        "bwd_lora_a": tiles.bwd_lora_a_tile(family, width, rank),
-        "bwd_dx_lora_a_dropout": tiles.bwd_dx_lora_a_tile(family, width, rank),
-    }
+    table: dict[str, Tile] = {}
+    for kernel in tiles.kernels_of(family, width):
+        # N of the kernel's own product: the forward's, and K in the backward, whose product is dx.
+        for name, columns in ((kernel, problem.N), (f"backward.{kernel}", problem.K)):
+            tile = tiles.tile_of(family, width, kernel, rows=m, columns=columns, rank=rank)
+            if tile is not None and table.get(kernel) != tile:
+                table[name] = tile
     one_pass_splits = 1
-    if rank <= tiles.ONE_PASS_RANK[width]:
-        one_pass = table["one_pass"] = tiles.one_pass_tile(family, width, m, rank)
-        table["one_pass_sum"] = tiles.one_pass_sum_tile(width, rank)
+    if "one_pass" in table:
+        one_pass = table["one_pass"]
         one_pass_splits = _splits(
             problem,
             _tiles(m, one_pass.block_m) * _tiles(problem.N, one_pass.block_n),
             problem.K // (ONE_PASS_STEPS * one_pass.block_k),
         )
-    if family == "hopper" and width == "16":
-        table["persistent"] = tiles.persistent_tile(problem.N, rank)
-        table["backward.persistent"] = tiles.persistent_tile(problem.K, rank)
-    if tiles.has_tma(family, width):
-        table["gemm_expand_tma"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=False)
-        table["gemm_expand_tma_dropout"] = tiles.gemm_tma_tile(family, width, m, rank, dropout=True)
     precision = "ieee"  # the only choice on AMD, whose matrix units multiply fp32
-    if nvidia and width == "mixed":
+    if family != "cdna3" and width == "mixed":
         precision = "tf32x3"
-    elif nvidia and problem.tf32:
+    elif family != "cdna3" and problem.tf32:
         precision = "tf32"
     n, k = problem.N, problem.K
     shrink, lora_a, lora_b = table["shrink"], table["bwd_lora_a"], table["bwd_lora_b"]

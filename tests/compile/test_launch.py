@@ -11,8 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels import launch as launching
 from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.persistent import MISSING
 from lora_kernels.ops import Needs, _linear_triton
-from lora_kernels.planning import Problem, Way, make_plan
+from lora_kernels.planning import Problem, make_plan
 from lora_kernels.planning.plan import paired, ways_of
 from lora_kernels.planning.tiles import WIDTHS
 from lora_kernels.testing import make_linear_inputs
@@ -30,6 +31,13 @@ def toy_kernel(x_ptr, y_ptr, none_ptr, M, N, scale, stride_x, HAS: tl.constexpr,
 @triton.jit
 def descriptor_kernel(x_desc, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, BLOCK), tl.sum(x_desc.load([0, 0]), 0))
+
+
+WIDTH_DTYPES = {
+    "16": (torch.bfloat16, torch.bfloat16),
+    "mixed": (torch.bfloat16, torch.float32),
+    "32": (torch.float32, torch.float32),
+}
 
 
 class Driver:
@@ -174,19 +182,26 @@ def described(argument):
     return described(argument.base) if type(argument).__name__ == "TensorDescriptor" else argument
 
 
-@pytest.mark.parametrize("strategy", ["one_pass", "shrink_fused", "library", "persistent"])
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("width", WIDTHS)
+def problem_of(width, p):
+    x, adapters = WIDTH_DTYPES[width]
+    return Problem(16, 64, 80, 16, x, adapters, p > 0, arch="sm_90", device_type="cuda", sm_count=8, gluon=not MISSING)
+
+
+SERVED = [
+    (width, p, way.strategy)
+    for width in WIDTHS
+    for p in (0.0, 0.5)
+    for way in ways_of(problem_of(width, p), "forward", ("triton",))
+]
+
+
+@pytest.mark.parametrize(("width", "p", "strategy"), SERVED)
 def test_every_launcher_of_the_backend(driver, monkeypatch, width, p, strategy):
     # What the interpreter's tests go around: order of arguments and constexprs in each direct launch.
     monkeypatch.setattr(launching, "is_interpreting", lambda: False)
-    x, adapters = {"16": (torch.bfloat16,) * 2, "mixed": (torch.bfloat16, torch.float32), "32": (torch.float32,) * 2}[
-        width
-    ]
-    i = make_linear_inputs(48, 64, 80, 16, dtype=x, adapter_dtype=adapters)
-    problem = Problem(48, 64, 80, 16, x, adapters, p > 0, arch="sm_90", device_type="cuda", sm_count=8, gluon=True)
-    if Way("triton", strategy) not in ways_of(problem, "forward", ("triton",)):
-        pytest.skip(f"{strategy} does not serve {width} bits with p = {p}")
+    x, adapters = WIDTH_DTYPES[width]
+    i = make_linear_inputs(16, 64, 80, 16, dtype=x, adapter_dtype=adapters)
+    problem = problem_of(width, p)
     plan = paired(problem, make_plan(problem, "triton", triton_available=True), strategy)
     seed = torch.tensor([1]) if p else None
 

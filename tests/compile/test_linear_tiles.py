@@ -15,7 +15,7 @@ from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
 from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
 from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
-from lora_kernels.planning.tiles import FAMILY_OF_ARCH, MAX_RANK, ShippedTile, bwd_dx_lora_a_tile, shipped_tiles
+from lora_kernels.planning.tiles import FAMILY_OF_ARCH, MAX_RANK, ShippedTile, shipped_tiles, tile_of
 from tests.compile.support import TARGETS, Figures, compile_only
 
 KERNELS = {
@@ -71,9 +71,9 @@ def variants(shipped: ShippedTile) -> list[Variant]:
             return [Variant(("stride_x_k",), dropout)]
         case "bwd_dx_lora_a":
             unit = ("stride_x_k", "stride_a_k")
-            tile_of = partial(bwd_dx_lora_a_tile, shipped.family, shipped.width)
+            of_rank = partial(tile_of, shipped.family, shipped.width, "bwd_dx_lora_a_dropout")
             # One rank tile holds the ranks it was made for; the tile of the highest rank serves in several.
-            one, several = tile_of(shipped.tile.block_r) == shipped.tile, tile_of(MAX_RANK) == shipped.tile
+            one, several = (of_rank(rank=rank) == shipped.tile for rank in (shipped.tile.block_r, MAX_RANK))
             return [
                 Variant(unit, {"NEEDS_D_A": True, "ONE_RANK_TILE": flag})
                 for flag, used in ((True, one), (False, several))
@@ -126,6 +126,8 @@ def figures_of(shipped: ShippedTile, variant: Variant, target: str) -> Figures:
 def cases() -> Iterator[Any]:
     for target in TARGETS:
         for shipped in shipped_tiles(FAMILY_OF_ARCH[target]):
+            if shipped.kernel == "persistent":  # test_persistent.py
+                continue
             tile = shipped.tile
             sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}r{tile.block_r}w{tile.num_warps}s{tile.num_stages}"
             mask = "-dropout" if shipped.dropout else ""

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 import pytest
 
 from lora_kernels.kernels import persistent
-from lora_kernels.planning.tiles import Tile, persistent_tile
+from lora_kernels.planning.tiles import Tile, tile_of
 from tests.compile.support import Figures, compile_only
 
 pytestmark = pytest.mark.skipif(bool(persistent.MISSING), reason=f"no Gluon: {persistent.MISSING}")
+
+
+def persistent_tile(n: int, rank: int) -> Tile:
+    tile = tile_of("hopper", "16", "persistent", columns=n, rank=rank)
+    assert tile is not None
+    return tile
+
 
 LAYOUT = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
 TILES = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.kernels.persistent import persistent, persistent_available, persistent_serves
-from lora_kernels.planning.tiles import Tile, persistent_tile
+from lora_kernels.planning.tiles import Tile, tile_of
 from lora_kernels.testing import budget_rows, poisoned_allocation
 
 CUDA = torch.device("cuda")
@@ -19,6 +19,12 @@ pytestmark = [
 ]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = {"forward": True, "dx": False}
+
+
+def persistent_tile(n: int, rank: int) -> Tile:
+    tile = tile_of("hopper", "16", "persistent", columns=n, rank=rank)
+    assert tile is not None
+    return tile
 
 
 @dataclass(frozen=True)
