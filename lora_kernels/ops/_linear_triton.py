@@ -52,9 +52,9 @@ def forward(
             )  # fmt: skip
         xa = shrink(
             x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.xa_splits,
-            precision=plan.precision, tile=plan.tile("shrink"),
+            launches_dependents=plan.use_pdl, precision=plan.precision, tile=plan.tile("shrink"),
         )  # fmt: skip
-        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan), xa
+        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan, follows_s=True), xa
 
 
 def backward(
@@ -122,14 +122,20 @@ def _gemm(
     seed: Tensor | None,
     threshold: int,
     plan: Plan,
+    *,
+    follows_s: bool = False,
 ) -> Tensor:
-    """The large GEMM of either direction with its expand, through descriptors where the layout allows."""
+    """The large GEMM of either direction with its expand, through descriptors where the layout allows.
+
+    follows_s: the launch right before is the one that writes s, so that a dependent launch may overlap it.
+    """
     suffix = "" if seed is None else "_dropout"
     n = weight.shape[0 if transpose_weight else 1]
     if plan.use_tma and n * lhs.element_size() % 16 == 0 and tma_serves(lhs, weight):
         return gemm_expand_tma(
             lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias, seed=seed,
-            threshold=threshold, precision=plan.precision, tile=plan.tile("gemm_expand_tma" + suffix),
+            threshold=threshold, use_pdl=plan.use_pdl and follows_s, precision=plan.precision,
+            tile=plan.tile("gemm_expand_tma" + suffix),
         )  # fmt: skip
     return gemm_expand(
         lhs=lhs, rhs=weight.T if transpose_weight else weight, s=s, e=e, bias=bias, seed=seed,

@@ -69,6 +69,7 @@ class Plan:
         reason: one sentence.
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
         use_tma: whether the large GEMMs may use tensor descriptors.
+        use_pdl: whether the forward's GEMM may start before the shrink ends (programmatic dependent launch, with TMA).
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
@@ -81,6 +82,7 @@ class Plan:
     reason: str
     precision: str = "ieee"
     use_tma: bool = False
+    use_pdl: bool = False
     dy_reads: int = 1
     one_pass_splits: int = 1
     xa_splits: int = 1
@@ -177,13 +179,15 @@ def _triton_plan(problem: Problem, reason: str) -> Plan:
     # Each column tile of dy writes M R fp32 shares of dyb: more than the dy that a second read would cost, and not one.
     shares_outweigh_dy = 4 * rank > lora_b.block_n * problem.dtype.itemsize
     one_read = rank <= lora_b.block_r and not shares_outweigh_dy
+    use_tma = "gemm_expand_tma" in table and not problem.interpreted
     return Plan(
         backend="triton",
         strategy="one_pass" if _is_decode(problem) else "shrink_fused",
         reason=reason,
         precision=precision,
         dy_reads=1 if one_read else 2,
-        use_tma="gemm_expand_tma" in table and not problem.interpreted,
+        use_tma=use_tma,
+        use_pdl=use_tma,  # sm_90 brought both
         one_pass_splits=one_pass_splits,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
