@@ -193,7 +193,7 @@ def bwd_dx_lora_a_tile(family: Family, width: Width, rank: int) -> Tile:
         return Tile(block_m=64 if block_r == SMALLEST_DOT else 32, block_k=64, block_r=block_r)
     if block_r == 64 and family in ("hopper", "blackwell"):
         return Tile(block_m=32, block_k=64, block_r=64, num_warps=8)
-    return Tile(block_m=32, block_k=64, block_r=SMALLEST_DOT, num_warps=8 if family == "blackwell" else 4, num_stages=1)
+    return Tile(block_m=32, block_k=32 if family == "blackwell" else 64, block_r=SMALLEST_DOT, num_stages=1)
 
 
 @dataclass(frozen=True)
