@@ -10,6 +10,7 @@ rounding to out's dtype.
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from lora_kernels.kernels.device import kahan_add
 from lora_kernels.kernels.launch import launch
@@ -18,7 +19,12 @@ BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["splits"])
-def reduce_partials_kernel(partials_ptr, out_ptr, splits, elements, scale, BLOCK: tl.constexpr):
+def reduce_partials_kernel(
+    partials_ptr, out_ptr, splits, elements, scale,
+    LAUNCHES_DEPENDENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if LAUNCHES_DEPENDENTS:  # as in `shrink`
+        gdc_launch_dependents()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -30,8 +36,12 @@ def reduce_partials_kernel(partials_ptr, out_ptr, splits, elements, scale, BLOCK
     tl.store(out_ptr + offs, (acc * tl.cast(scale, tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def reduce_partials(*, partials: Tensor, scale: float, out: Tensor) -> None:
+def reduce_partials(*, partials: Tensor, scale: float, out: Tensor, launches_dependents: bool = False) -> None:
     """Writes scale * partials.sum(0) into the contiguous tensor `out` of shape partials.shape[1:]."""
     elements = out.numel()
     grid = (triton.cdiv(elements, BLOCK),)
-    launch(reduce_partials_kernel, grid, partials, out, partials.shape[0], elements, scale, BLOCK=BLOCK, num_warps=4)
+    launch(
+        reduce_partials_kernel, grid,
+        partials, out, partials.shape[0], elements, scale,
+        LAUNCHES_DEPENDENTS=launches_dependents, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip

@@ -5,12 +5,16 @@
 Grid (row tiles, rank tiles, splits of K). With one split the scaled result is rounded once to out's dtype; with more,
 fp32 partial sums go to [splits, M, R] and `reduce_partials` adds them in fixed order. Called for xa in
 the forward, and for dyb = scale * dy B (with A = B^T) where the rank is too wide to share dy's read with dB.
+
+LAUNCHES_DEPENDENTS lets a dependent launch start once every program here has; it waits for the result by itself
+(`gemm_expand_tma` says why that is safe).
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from lora_kernels.kernels.device import keep_tile, low_rank_dot
 from lora_kernels.kernels.launch import launch
@@ -23,9 +27,11 @@ def shrink_kernel(
     x_ptr, a_ptr, seed_ptr, out_ptr,
     M, K, R, k_per_split, scale, threshold,
     stride_x_m, stride_x_k, stride_a_r, stride_a_k,
-    HAS_DROPOUT: tl.constexpr, IS_PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, IS_PARTIAL: tl.constexpr, LAUNCHES_DEPENDENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    if LAUNCHES_DEPENDENTS:  # inline assembly: not for the interpreter, AMD, or GPUs before sm_90
+        gdc_launch_dependents()
     pid_m, pid_r, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -68,6 +74,7 @@ def shrink(
     threshold: int,
     scale: float,
     splits: int,
+    launches_dependents: bool = False,
     precision: str,
     tile: Tile,
 ) -> Tensor:
@@ -83,10 +90,11 @@ def shrink(
         x, lora_A, seed, target,
         m, k, r, k_per_split, scale, threshold,
         *x.stride(), *lora_A.stride(),
-        HAS_DROPOUT=seed is not None, IS_PARTIAL=splits > 1, PRECISION=precision,
+        HAS_DROPOUT=seed is not None, IS_PARTIAL=splits > 1,
+        LAUNCHES_DEPENDENTS=launches_dependents and splits == 1, PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_R=tile.block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        reduce_partials(partials=target, scale=scale, out=out)
+        reduce_partials(partials=target, scale=scale, out=out, launches_dependents=launches_dependents)
     return out

@@ -55,13 +55,14 @@ def forward(
             )  # fmt: skip
         xa = shrink(
             x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.xa_splits,
+            launches_dependents=plan.use_pdl and plan.strategy == "shrink_fused",
             precision=plan.precision, tile=plan.tile("shrink"),
         )  # fmt: skip
         if plan.strategy == "library":
             y = torch.mm(xa, lora_B.T) if bias is None else torch.addmm(bias, xa, lora_B.T)
             return y.addmm_(x, weight.T), xa
         persistent_tile = plan.tile("persistent") if plan.strategy == "persistent" else None
-        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan, persistent_tile), xa
+        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan, persistent_tile, follows_s=True), xa
 
 
 def backward(
@@ -143,8 +144,13 @@ def _gemm(
     threshold: int,
     plan: Plan,
     persistent_tile: Tile | None,
+    *,
+    follows_s: bool = False,
 ) -> Tensor:
-    """The large GEMM of either direction with its expand, through descriptors where the layout allows."""
+    """The large GEMM of either direction with its expand, through descriptors where the layout allows.
+
+    follows_s: the launch right before is the one that writes s, so that a dependent launch may overlap it.
+    """
     suffix = "" if seed is None else "_dropout"
     backward = not transpose_weight
     if persistent_tile is not None and persistent_serves(
@@ -158,7 +164,7 @@ def _gemm(
     if plan.use_tma and n * lhs.element_size() % 16 == 0 and tma_serves(lhs, weight):
         return gemm_expand_tma(
             lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias, seed=seed,
-            threshold=threshold, precision=plan.precision,
+            threshold=threshold, use_pdl=plan.use_pdl and follows_s, precision=plan.precision,
             tile=plan.tile("gemm_expand_tma" + suffix, backward=backward),
         )  # fmt: skip
     return gemm_expand(

@@ -112,6 +112,7 @@ class Plan:
         precision: how fp32 operands are multiplied: "ieee", "tf32" or "tf32x3".
         sm_count: multiprocessors, each of which runs one program of a persistent kernel.
         use_tma: whether the large GEMMs may use tensor descriptors.
+        use_pdl: whether the forward's GEMM may start before the shrink ends (programmatic dependent launch, with TMA).
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
@@ -129,6 +130,7 @@ class Plan:
     precision: str = "ieee"
     sm_count: int = 1
     use_tma: bool = False
+    use_pdl: bool = False
     dy_reads: int = 1
     one_pass_splits: int = 1
     xa_splits: int = 1
@@ -266,6 +268,7 @@ def _kernel_choices(problem: Problem) -> Plan:
         sm_count=problem.sm_count,
         dy_reads=1 if one_read else 2,
         use_tma=problem.has_descriptors,
+        use_pdl=problem.has_descriptors,  # sm_90 brought both
         one_pass_splits=one_pass_splits,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),

@@ -66,11 +66,16 @@ class Figures:
         return _nvidia_tool("nvdisasm", self.binary, "-c")
 
     @functools.cached_property
-    def opcodes(self) -> Counter[str]:
-        """How often each instruction occurs, by its name up to the first dot: HGMMA, LDSM; v_mfma_..."""
+    def sequence(self) -> list[str]:
+        """The instructions in the order of their addresses, by name up to the first dot: HGMMA, LDSM; v_mfma_..."""
         if self.target.startswith("gfx"):
-            return Counter(_AMD_OPCODE.findall(self.binary.decode()))
-        return Counter(opcode.partition(".")[0] for opcode in _SASS_OPCODE.findall(self.sass))
+            return _AMD_OPCODE.findall(self.binary.decode())
+        return [opcode.partition(".")[0] for opcode in _SASS_OPCODE.findall(self.sass)]
+
+    @functools.cached_property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction occurs."""
+        return Counter(self.sequence)
 
     def faults(self) -> list[str]:
         """Why this kernel should not be shipped: spills, or more memory than the target has."""

@@ -15,7 +15,15 @@ from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
 from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
 from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
-from lora_kernels.planning.tiles import FAMILY_OF_ARCH, MAX_RANK, ShippedTile, shipped_tiles, tile_of
+from lora_kernels.planning.tiles import (
+    FAMILY_OF_ARCH,
+    MAX_RANK,
+    WIDTHS,
+    ShippedTile,
+    Width,
+    shipped_tiles,
+    tile_of,
+)
 from tests.compile.support import TARGETS, Figures, compile_only
 
 KERNELS = {
@@ -51,7 +59,9 @@ def variants(shipped: ShippedTile) -> list[Variant]:
     forward, backward = ("stride_lhs_k", "stride_rhs_k", "stride_e_r"), ("stride_lhs_k", "stride_rhs_n", "stride_e_n")
     match shipped.kernel:
         case "shrink":
-            return [Variant(("stride_x_k", "stride_a_k"), dropout | {"IS_PARTIAL": False})]
+            return [
+                Variant(("stride_x_k", "stride_a_k"), dropout | {"IS_PARTIAL": False, "LAUNCHES_DEPENDENTS": False})
+            ]
         case "one_pass":
             unit = ("stride_x_k", "stride_w_k", "stride_a_k", "stride_b_r")
             return [
@@ -64,8 +74,8 @@ def variants(shipped: ShippedTile) -> list[Variant]:
             dx = Variant(backward, dropout | {"HAS_BIAS": False})
             return [dx] if shipped.dropout else [dx, Variant(forward, dropout | {"HAS_BIAS": True})]
         case "gemm_expand_tma":
-            dx = Variant(("stride_e_n",), dropout | {"HAS_BIAS": False, "RHS_IS_NK": False})
-            forward_flags = dropout | {"HAS_BIAS": True, "RHS_IS_NK": True}
+            dx = Variant(("stride_e_n",), dropout | {"HAS_BIAS": False, "RHS_IS_NK": False, "USE_PDL": False})
+            forward_flags = dropout | {"HAS_BIAS": True, "RHS_IS_NK": True, "USE_PDL": True}
             return [dx] if shipped.dropout else [dx, Variant(("stride_e_r",), forward_flags)]
         case "bwd_lora_a":
             return [Variant(("stride_x_k",), dropout)]
@@ -145,7 +155,8 @@ def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_reduction_has_no_faults(target: str, dtype: str) -> None:
     signature = {"partials_ptr": "*fp32", "out_ptr": f"*{dtype}", "splits": "i32", "elements": "i32", "scale": "fp32"}
-    assert compile_only(reduce_partials_kernel, signature, {"BLOCK": BLOCK}, target, 4, 1).faults() == []
+    constexprs = {"BLOCK": BLOCK, "LAUNCHES_DEPENDENTS": False}
+    assert compile_only(reduce_partials_kernel, signature, constexprs, target, 4, 1).faults() == []
 
 
 HOPPER_GEMM = next(
@@ -159,3 +170,35 @@ def test_the_hopper_gemm_runs_on_wgmma_and_tma() -> None:
         assert opcodes["HGMMA"] > 0
         assert opcodes["UTMALDG"] > 0
         assert opcodes["UTMASTG"] > 0
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_a_dependent_launch_waits_before_it_reads_s_or_writes(target: str) -> None:
+    family = FAMILY_OF_ARCH[target]
+    for shipped in shipped_tiles(family):
+        if shipped.kernel != "gemm_expand_tma" or shipped.dropout:
+            continue
+        backward, forward = variants(shipped)
+        assert "ACQBULK" not in figures_of(shipped, backward, target).opcodes
+        figures = figures_of(shipped, forward, target)
+        # The wait, then every read through pointers (s, e, the bias) and the write of out; before it, descriptors only.
+        order = figures.sequence
+        wait = order.index("ACQBULK")
+        assert order.count("ACQBULK") == 1
+        assert not {"LDG", "LDGSTS", "STG", "UTMASTG"} & set(order[:wait])
+        assert {"LDG", "LDGSTS"} & set(order[wait:])
+        assert "UTMASTG" in order[wait:]
+        assert "UTMALDG" in order[:wait]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_only_a_shrink_that_is_told_to_launches_dependents(width: Width) -> None:
+    shipped = next(s for s in shipped_tiles("hopper") if s.kernel == "shrink" and s.width == width)
+    (plain,) = variants(shipped)
+    launching = Variant(plain.unit_strides, plain.flags | {"LAUNCHES_DEPENDENTS": True})
+    assert "PREEXIT" not in figures_of(shipped, plain, "sm_90").opcodes
+    figures = figures_of(shipped, launching, "sm_90")
+    assert figures.opcodes["PREEXIT"] == 1
+    assert figures.faults() == []
+    # Early: before the first of x is read.
+    assert figures.sequence.index("PREEXIT") < figures.sequence.index("LDGSTS")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
 from lora_kernels.kernels.interpreter import repaired
-from lora_kernels.planning.tiles import Family, Width, bwd_dx_lora_a_tile
+from lora_kernels.planning.tiles import Family, Width, tile_of
 from lora_kernels.reference.philox import dropout_threshold, keep_mask
 from lora_kernels.testing import budget_rows, poisoned_allocation
 from tests.linear_cases import DTYPES, LAYOUTS, assert_same_bits, laid_out
@@ -36,7 +36,7 @@ def run(
         dx, d_lora_A = bwd_dx_lora_a(
             x=x if needs_d_lora_A else None, dyb=dyb, lora_A=lora_A, seed=torch.tensor([SEED]),
             threshold=dropout_threshold(p), dx_dtype=x.dtype, splits=splits,
-            precision="tf32x3" if mixed else "ieee", tile=bwd_dx_lora_a_tile(family, width, dyb.shape[1]),
+            precision="tf32x3" if mixed else "ieee", tile=tile_of(family, width, "bwd_dx_lora_a_dropout", rank=dyb.shape[1]),
         )  # fmt: skip
     assert (d_lora_A is not None) == needs_d_lora_A
     return {"dx": dx} | ({} if d_lora_A is None else {"d_lora_A": d_lora_A})

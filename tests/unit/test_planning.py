@@ -166,6 +166,10 @@ def test_descriptors_only_where_there_is_hardware_for_them():
     with_tma = {arch for arch in ARCHITECTURES if plan("triton", arch=arch).use_tma}
     assert with_tma == {"sm_90", "sm_100"}
     assert not plan("triton", width="32").use_tma
+    # Programmatic dependent launch came with the same GPUs, and is inline assembly, which the interpreter cannot run.
+    assert with_tma == {arch for arch in ARCHITECTURES if plan("triton", arch=arch).use_pdl}
+    assert not plan("triton", width="32").use_pdl
+    assert not plan("triton", device_type="cpu", interpreted=True).use_pdl
 
 
 @pytest.mark.parametrize(("arch", "like"), [("sm_199", "sm_89"), ("gfx90a", "gfx942")])
