@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench import providers
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN
 from lora_kernels.benchmarking.records import Record
 from lora_kernels.benchmarking.report import by_case
+from lora_kernels.benchmarking.roofline import Ceilings
 
 Found = Mapping[str, Record]
 
@@ -92,6 +95,11 @@ def _cell(record: Record | None) -> str:
         return (record.fault if record else "") or "-"
     cost = "" if record.cost is None else f" x{record.cost:.2f}"
     return f"{milliseconds(record.median_ms)}{cost}"
+
+
+def read_ceilings(path: Path) -> Ceilings:
+    """The ceilings that a run wrote to its run.json."""
+    return Ceilings(**json.loads(path.read_text(encoding="utf-8"))["ceilings"])
 
 
 def milliseconds(value: float) -> str:

@@ -76,6 +76,7 @@ def suite(device: torch.device, folder: Path, total_s: float) -> Part:
     command = (
         "bench.linear", "--device", str(device), "--suite", name, "--only", only, "--budget", "0.6", "--rows-only",
         "--total", f"{total_s:.1f}", "--out", str(folder / "suite"),
+        "--ceilings", str(folder / "strategies" / "run.json"),
     )  # fmt: skip
     return Part("suite", command, 1.0)
 

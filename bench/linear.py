@@ -74,8 +74,8 @@ def run(
     """
     start = time.perf_counter()
     print(Environment.current(device).line)
+    warm_up(device, 3.0 if device.type == "cuda" else 1.0)
     if ceilings is None:
-        warm_up(device, 3.0 if device.type == "cuda" else 1.0)
         dtypes = list(dict.fromkeys(["float32", *(case.dtype for case in cases)]))
         ceilings = measure_ceilings(device, dtypes, budget_s=0.5)
     print(ceilings.line)
@@ -191,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds of timing per case (at least 6 rounds)")
     parser.add_argument("--total", type=float, default=math.inf, help="seconds for the suite; the rest is left out")
     parser.add_argument("--out", type=Path, help="folder for rows and plots (default: bench/results/local/<device>)")
+    parser.add_argument("--ceilings", type=Path, help="run.json of this device, instead of measuring them again")
     parser.add_argument("--rows-only", action="store_true", help="linear.csv and run.json, and no pictures")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
@@ -205,9 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{error}")
         contenders = lambda case, device: chosen  # noqa: E731 - the same line-up whatever the case
     out = arguments.out or RESULTS / device_slug(device)
+    known = comparison.read_ceilings(arguments.ceilings) if arguments.ceilings and arguments.ceilings.exists() else None
     found = run(
         cases, device, out, budget_s=arguments.budget, total_s=arguments.total, contenders=contenders,
-        rows_only=arguments.rows_only,
+        ceilings=known, rows_only=arguments.rows_only,
     )  # fmt: skip
     print("\n" + "\n".join(summary(found)))
     print(f"written: {out}")

@@ -6,7 +6,6 @@ python -m bench.plots FOLDER    # from the rows in it, such as a GPU's, where ma
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench import providers
-from bench.comparison import Found, ours, times_faster
+from bench.comparison import Found, ours, read_ceilings, times_faster
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.plot import INK, STYLE, case_label, headline, provenance
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
@@ -218,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="with linear.csv and run.json; the pictures go there, too")
     folder = parser.parse_args(argv).folder
-    ceilings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["ceilings"]
-    linear(read_csv(folder / "linear.csv"), Ceilings(**ceilings), folder)
+    linear(read_csv(folder / "linear.csv"), read_ceilings(folder / "run.json"), folder)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ def _cpu_over_frozen(evidence: Evidence) -> float | None:
 
 
 _LAYER = "Llama-3-8B layer, M = 8192, r = 16, bf16, forward + backward"
+_CPU_CASES = "CPU, M >= 1024, r = 16, p = 0, forward + backward"
 TARGETS = (
     Target(f"{_LAYER}, p = 0: over the frozen layer", 1.06, True, "x", "gpu", _over_frozen),
     Target(
@@ -225,11 +226,17 @@ TARGETS = (
         25.0, True, "us", "gpu", _host,
     ),
     Target(
-        "CPU, bf16, r = 16, M >= 1024, forward + backward: unfused chain over ours, median of shapes",
+        f"{_CPU_CASES}, bf16: unfused chain over ours, the median of shapes",
         1.15, False, "x", "cpu", _cpu_median("bfloat16"),
     ),
-    Target("The same in fp32", 1.08, False, "x", "cpu", _cpu_median("float32")),
-    Target("The same, both dtypes, the least of all shapes", 1.0, False, "x", "cpu", _cpu_least),
+    Target(
+        f"{_CPU_CASES}, fp32: unfused chain over ours, the median of shapes",
+        1.08, False, "x", "cpu", _cpu_median("float32"),
+    ),
+    Target(
+        f"{_CPU_CASES}, fp32 and bf16: unfused chain over ours, the least of all shapes",
+        1.0, False, "x", "cpu", _cpu_least,
+    ),
     Target("CPU, K = N = 2048, forward + backward: over the frozen linear", 1.07, True, "x", "cpu", _cpu_over_frozen),
 )  # fmt: skip
 

@@ -42,7 +42,7 @@ def named(names: Iterable[str]) -> tuple[Provider, ...]:
 # Where peers run in `make bench`: each of them takes its seconds of two slow cores, and a compilation takes ten.
 _CPU_PEERS = (PEFT, ADDMM, LORAFUSION_STYLE)
 _CPU_PEER_CASES = ("minilm.up", "bert-base.attention", "llama-1b.attention")
-_CPU_COMPILED_CASES = ("bert-base.attention",)
+_CPU_SMALL_CASE = "bert-base.attention"  # where 16-bit peers are bearable on a CPU that converts, and compilation, too
 _GPU_COMPILED_MODEL = "Llama-3-8B"
 
 
@@ -54,8 +54,9 @@ def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
     """
     compilable = case.backward and case.R == 16 and case.adapter_dtype == case.dtype
     if device.type == "cpu":
-        peers = _CPU_PEERS if case.name in _CPU_PEER_CASES else ()
-        compiled = compilable and case.name in _CPU_COMPILED_CASES and not case.dropout_p
+        small = case.name == _CPU_SMALL_CASE
+        peers = _CPU_PEERS if small or (case.dtype == "float32" and case.name in _CPU_PEER_CASES) else ()
+        compiled = compilable and small and not case.dropout_p
         chosen = {provider.name for provider in (*BASELINES, *peers, AUTO)}
     else:
         compiled = compilable and case.model == _GPU_COMPILED_MODEL

@@ -36,7 +36,8 @@ def run(
         dx, d_lora_A = bwd_dx_lora_a(
             x=x if needs_d_lora_A else None, dyb=dyb, lora_A=lora_A, seed=torch.tensor([SEED]),
             threshold=dropout_threshold(p), dx_dtype=x.dtype, splits=splits,
-            precision="tf32x3" if mixed else "ieee", tile=tile_of(family, width, "bwd_dx_lora_a_dropout", rank=dyb.shape[1]),
+            precision="tf32x3" if mixed else "ieee",
+            tile=tile_of(family, width, "bwd_dx_lora_a_dropout", rank=dyb.shape[1]),
         )  # fmt: skip
     assert (d_lora_A is not None) == needs_d_lora_A
     return {"dx": dx} | ({} if d_lora_A is None else {"d_lora_A": d_lora_A})

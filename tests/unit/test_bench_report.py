@@ -175,6 +175,20 @@ def test_pytest_benchmark_reads_the_interleaved_samples(template: Record, tmp_pa
     assert first["extra_info"]["provider"] == FROZEN
 
 
+def test_suites_run_as_pytest_benchmarks(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    command = [
+        sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "--benchmark-only",
+        "--only", "minilm.attention fp32", "--providers", "unsloth-style,auto", "--benchmark-max-time=0.05",
+        "--benchmark-min-rounds=1", f"--benchmark-json={path}",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(path.read_text())["benchmarks"]
+    assert [benchmark["name"].rpartition("-")[2] for benchmark in found] == ["style]", "auto]"]
+    assert {benchmark["group"] for benchmark in found} == {"minilm.attention-M2048-r16-fp32-p0-forward+backward"}
+    assert all(benchmark["extra_info"]["error"] <= benchmark["extra_info"]["error_budget"] for benchmark in found)
+
+
 def test_ceilings_are_sane() -> None:
     ceilings = measure_ceilings(CPU, ["float32"], budget_s=0.02, size=256)
     assert 0.1 < ceilings.copy_gb_s < 10_000
