@@ -2,20 +2,20 @@
 
     python -m bench.gpu [--budget SECONDS] [--out FOLDER]
 
-Check against fp64, then ceilings and all strategies side by side, then `lora-kernels tune` where it exists, host time,
-and the suite, most important cases first, for as long as the budget lasts. Each part is a process of its own: an
-illegal access in one kernel would make every later launch of its process fail, too. Where a check fails, nothing is
+Check against fp64, then ceilings and all strategies side by side, then `lora-kernels tune`, host time, and the suite
+under the tuned plans, most important cases first, for as long as the budget lasts. Each part is a process of its own:
+an illegal access in one kernel would make every later launch of its process fail, too. Where a check fails, nothing is
 timed. Nothing but torch and Triton is needed, and nothing is installed. `--device cpu` walks through the same parts on
 a CPU, to try the script.
 
-In the folder, at the end: log.txt, linear.csv, run.json, strategies.csv, host.csv and, where pytest-benchmark is
+In the folder, at the end: log.txt, linear.csv, run.json, strategies.csv, host.csv, plans.json (what was tuned; plans of
+the machine's user take no part) and, where pytest-benchmark is
 installed, linear_benchmark.json. `python -m bench.plots FOLDER` draws the pictures anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -64,8 +64,9 @@ def parts(device: torch.device, folder: Path, budget_s: float) -> list[Part]:
         Part("check", ("lora_kernels", "check", "--quick", *where), CHECK),
         Part("ceilings and strategies", strategies, STRATEGIES),
     ]
-    if gpu and importlib.util.find_spec("lora_kernels.cli.tune"):
-        listed.append(Part("tune", ("lora_kernels", "tune"), TUNE))
+    # Of the tuner's share, half is for compiling what it times.
+    tuned = ("--only", "" if gpu else "minilm.attention", "--budget", f"{TUNE * budget_s / 2:.0f}")
+    listed.append(Part("tune", ("lora_kernels", "tune", *where, *tuned), TUNE))
     listed.append(Part("host time", ("bench.host", *where, "--out", str(folder)), HOST))
     return listed
 
@@ -81,13 +82,14 @@ def suite(device: torch.device, folder: Path, total_s: float) -> Part:
     return Part("suite", command, 1.0)
 
 
-def run_part(part: Part, log: TextIO, timeout_s: float) -> str:
+def run_part(part: Part, log: TextIO, folder: Path, timeout_s: float) -> str:
     """Runs it, its output on the screen and in the log; returns what went wrong, or nothing."""
     title = f"\n{part.title}\n{'=' * len(part.title)}"
     print(title, flush=True)
     print(title, file=log)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # peft may have been brought along on it
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment["LORA_KERNELS_CACHE"] = str(folder / "plans")
     process = subprocess.Popen(
         [sys.executable, "-m", *part.command],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -115,13 +117,15 @@ def run(device: torch.device, out: Path, budget_s: float) -> int:
     with tempfile.TemporaryDirectory() as temporary, (out / "log.txt").open("w", encoding="utf-8") as log:
         folder = Path(temporary)
         for part in parts(device, folder, budget_s):
-            fault = run_part(part, log, max(part.share * budget_s, 30.0))
+            fault = run_part(part, log, folder, max(part.share * budget_s, 30.0))
             faults += [fault] if fault else []
             if fault and part.title == "check":
                 break
         else:
             left = budget_s - (time.perf_counter() - start) - SPARE_S
-            fault = run_part(suite(device, folder, max(left - SPARE_S, 1.0)), log, max(left + 2 * SPARE_S, 60.0))
+            fault = run_part(
+                suite(device, folder, max(left - SPARE_S, 1.0)), log, folder, max(left + 2 * SPARE_S, 60.0)
+            )
             faults += [fault] if fault else []
         keep(folder, out)
         outcome = "; ".join(faults) or "every part done"
@@ -142,6 +146,8 @@ def keep(folder: Path, out: Path) -> None:
     ):
         if (folder / source).exists():
             shutil.copyfile(folder / source, out / name)
+    for plans in (folder / "plans").glob("plans-*.json"):
+        shutil.copyfile(plans, out / "plans.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -148,8 +148,11 @@ def test_no_gpu_is_said_and_is_a_status_of_its_own(tmp_path: Path, monkeypatch, 
 def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkeypatch, capsys) -> None:
     ran: list[gpu.Part] = []
 
-    def measured(part: gpu.Part, log, timeout_s: float) -> str:
+    def measured(part: gpu.Part, log, folder: Path, timeout_s: float) -> str:
         ran.append(part)
+        if part.title == "tune":
+            (folder / "plans").mkdir()
+            (folder / "plans" / "plans-some-gpu.json").write_text("tuned")
         if "--out" in part.command:
             folder = Path(part.command[part.command.index("--out") + 1])
             folder.mkdir(parents=True, exist_ok=True)
@@ -159,24 +162,26 @@ def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkey
 
     monkeypatch.setattr(gpu, "run_part", measured)
     assert gpu.main(["--device", "cpu", "--budget", "20", "--out", str(tmp_path)]) == 0
-    assert [part.title for part in ran] == ["check", "ceilings and strategies", "host time", "suite"]
+    assert [part.title for part in ran] == ["check", "ceilings and strategies", "tune", "host time", "suite"]
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert len(files) <= 8
     assert (files["linear.csv"], files["strategies.csv"]) == ("suite", "ceilings and strategies")
+    assert files["plans.json"] == "tuned"
     assert "every part done" in files["log.txt"]
 
 
 def test_nothing_is_timed_where_the_check_fails(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "run_part", lambda part, log, timeout_s: f"{part.title}: exit status 1")
+    monkeypatch.setattr(gpu, "run_part", lambda part, log, folder, timeout_s: f"{part.title}: exit status 1")
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "check: exit status 1;" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_part_has_its_output_logged_and_is_stopped_in_time(tmp_path: Path, capsys) -> None:
     with (tmp_path / "log").open("w") as log:
-        assert gpu.run_part(gpu.Part("help", ("json.tool", "--help"), 1.0), log, 30.0) == ""
-        assert "exit status" in gpu.run_part(gpu.Part("wrong", ("json.tool", "/no/such/file"), 1.0), log, 30.0)
-        assert "stopped after" in gpu.run_part(gpu.Part("slow", ("asyncio",), 1.0), log, 0.05)
+        assert gpu.run_part(gpu.Part("help", ("json.tool", "--help"), 1.0), log, tmp_path, 30.0) == ""
+        wrong = gpu.Part("wrong", ("json.tool", "/no/such/file"), 1.0)
+        assert "exit status" in gpu.run_part(wrong, log, tmp_path, 30.0)
+        assert "stopped after" in gpu.run_part(gpu.Part("slow", ("asyncio",), 1.0), log, tmp_path, 0.05)
     assert "usage" in (tmp_path / "log").read_text()
 
 

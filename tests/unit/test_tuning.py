@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_left_out_and_said(clock, monkeypatch, capsys):
         return real(question, *arguments, **options)
 
     monkeypatch.setattr(tuner, "tune", too_large)
-    assert main([*COMMAND, "--budget", "30"]) == 1
+    assert main([*COMMAND, "--budget", "30"]) == 0
     out = capsys.readouterr().out
     assert "left out: CUDA out of memory. Tried to allocate" in out
     assert "3 of 4 kept, 1 left out" in out
@@ -145,8 +145,17 @@ def test_the_budget_ends_it(clock, monkeypatch, capsys):
 
     now = iter(range(0, 1000, 5))
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    assert main([*COMMAND, "--budget", "12"]) == 1
+    assert main([*COMMAND, "--budget", "12"]) == 0
     assert "2 of 4 kept, 2 left out" in capsys.readouterr().out
+
+
+def test_nothing_kept_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(tuner, "tune", lambda question, *_, **__: tuner.Outcome(question, None, {}, {"way": "why"}))
+    assert main([*COMMAND, "--budget", "30"]) == 1
+    out = capsys.readouterr().out
+    assert "nothing could be timed" in out
+    assert "way: why" in out
+    assert "0 of 4 kept, 4 left out" in out
 
 
 def test_a_folder_that_cannot_be_written(clock, cache, monkeypatch, capsys):
