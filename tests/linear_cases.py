@@ -8,6 +8,8 @@ from itertools import chain, combinations
 import torch
 from torch import Tensor
 
+from lora_kernels.planning import Plan, Problem, Way
+from lora_kernels.planning.plan import ways_of
 from lora_kernels.testing import LinearInputs, budget_rows, run_linear
 
 PARAMETERS = ("x", "weight", "lora_A", "lora_B", "bias")
@@ -112,3 +114,14 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         if value.dtype != expected[name].dtype or not torch.equal(value.nan_to_num(), expected[name].nan_to_num())
     }
     assert differing == set()
+
+
+def with_library(problem: Problem, plan: Plan) -> Plan:
+    """The plan with the library's large GEMMs in every direction that they can serve."""
+    way = Way("triton", "library")
+    forward, backward = (way in ways_of(problem, direction, ("triton",)) for direction in ("forward", "backward"))
+    return replace(
+        plan,
+        strategy="library" if forward else "shrink_fused",
+        backward=way if backward else Way("triton", "fused"),
+    )

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import DtypeError, LoRALinear, UnsupportedError, explain_plan, lora_linear
 from lora_kernels.ops import Needs, _linear_torch, problem_of
-from lora_kernels.planning import Plan, make_plan
+from lora_kernels.planning import Plan, Way, make_plan
+from lora_kernels.planning.plan import Strategy, paired, ways_of
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
 from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear
 from tests.linear_cases import (
@@ -21,12 +22,19 @@ from tests.linear_cases import (
     assert_within_budget,
     pooled,
     with_layouts,
+    with_library,
 )
 
 CUDA = torch.device("cuda")
 GIB = 1 << 30
-STRATEGIES = ("one_pass", "pointers", "descriptors")
-KERNEL_OF = {"one_pass": "one_pass", "pointers": "gemm_expand", "descriptors": "gemm_expand_tma"}
+STRATEGIES = ("one_pass", "pointers", "descriptors", "library", "persistent")
+KERNEL_OF = {
+    "one_pass": "one_pass",
+    "pointers": "gemm_expand",
+    "descriptors": "gemm_expand_tma",
+    "library": "shrink",
+    "persistent": "persistent",
+}
 BACKENDS = ("triton", "torch", "auto")
 # Compilers warn about many things, differently in each release, and none of it is ours to mend.
 quiet_compiler = pytest.mark.filterwarnings("ignore")
@@ -47,9 +55,13 @@ def plan_for(inputs: LinearInputs, strategy: str) -> Plan:
     plan = make_plan(problem, "triton", triton_available=True)
     if KERNEL_OF[strategy] not in dict(plan.tiles):
         pytest.skip(f"no {KERNEL_OF[strategy]} tile for this GPU, dtype and rank")
-    return replace(
-        plan, strategy="one_pass" if strategy == "one_pass" else "shrink_fused", use_tma=strategy == "descriptors"
-    )
+    if strategy == "library":
+        return with_library(problem, plan)
+    if strategy == "persistent" and Way("triton", "persistent") not in ways_of(problem, "forward", ("triton",)):
+        pytest.skip("the persistent kernel serves 16-bit problems whose rows are whole 16 bytes")
+    named: dict[str, Strategy] = {"one_pass": "one_pass", "persistent": "persistent"}
+    forced = paired(problem, plan, named.get(strategy, "shrink_fused"))
+    return replace(forced, use_tma=strategy == "descriptors")
 
 
 def run_under(plan: Plan, inputs: LinearInputs, needs: Needs = Needs(*[True] * 5)):  # noqa: B008 - a tuple

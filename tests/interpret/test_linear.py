@@ -13,6 +13,7 @@ from lora_kernels.kernels.interpreter import repaired
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops import Needs, _linear_triton
 from lora_kernels.planning import Plan, Problem, make_plan
+from lora_kernels.planning.plan import Strategy, paired
 from lora_kernels.planning.tiles import Tile
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
 from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear
@@ -26,9 +27,10 @@ from tests.linear_cases import (
     laid_out,
     pooled,
     with_layouts,
+    with_library,
 )
 
-STRATEGIES = ("one_pass", "pointers", "descriptors")
+STRATEGIES = ("one_pass", "pointers", "descriptors", "library")
 FAMILIES = {"blackwell": "sm_100", "hopper": "sm_90", "ampere": "sm_80", "ada": "sm_89", "cdna3": "gfx942"}
 EVERYTHING, NOTHING = Needs(*[True] * 5), Needs(*[False] * 5)
 
@@ -41,11 +43,10 @@ def plan_for(inputs: LinearInputs, strategy: str = "pointers", *, arch: str = "s
         arch=arch, device_type="cpu", sm_count=sm_count, interpreted=True,
     )  # fmt: skip
     plan = make_plan(problem, "triton", triton_available=True)
-    return replace(
-        plan,
-        strategy="one_pass" if strategy == "one_pass" else "shrink_fused",
-        use_tma=strategy == "descriptors",
-    )
+    if strategy == "library":
+        return with_library(problem, plan)
+    name: Strategy = "one_pass" if strategy == "one_pass" else "shrink_fused"
+    return replace(paired(problem, plan, name), use_tma=strategy == "descriptors")
 
 
 def run_under(plan: Plan | None, inputs: LinearInputs, needs: Needs = EVERYTHING, *, check_overflow=False, **options):
@@ -76,7 +77,9 @@ def problems(size, dtype, r=8, **options) -> list[LinearInputs]:
 
 def serves(strategy: str, dtype: str, r: int = 16) -> bool:
     """Whether a tile is shipped for it: one_pass holds the whole rank, descriptors are for 16-bit x."""
-    kernel = {"one_pass": "one_pass", "pointers": "gemm_expand", "descriptors": "gemm_expand_tma"}[strategy]
+    kernel = {
+        "one_pass": "one_pass", "pointers": "gemm_expand", "descriptors": "gemm_expand_tma", "library": "shrink",
+    }[strategy]  # fmt: skip
     return kernel in dict(plan_for(inputs_of((1, 1, 1), dtype, r)).tiles)
 
 
@@ -84,7 +87,7 @@ SERVED = [(strategy, dtype) for strategy in STRATEGIES for dtype in DTYPES if se
 
 
 # Several tiles and a tail in every direction, and primes.
-SIZES = {"one_pass": (70, 88, 168), "pointers": (150, 200, 168), "descriptors": (150, 200, 168)}
+SIZES = {"one_pass": (70, 88, 168)} | dict.fromkeys(STRATEGIES[1:], (150, 200, 168))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
