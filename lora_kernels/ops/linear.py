@@ -148,6 +148,11 @@ def _flat(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
+def _shaped(t: Tensor, leading: torch.Size) -> Tensor:
+    """[M, columns] with the leading dims that were flattened away."""
+    return t if len(leading) == 1 else t.view(*leading, -1)
+
+
 @contextmanager
 def _no_grad_no_autocast(device_type: str) -> Iterator[None]:
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
@@ -185,7 +190,7 @@ def _forward(
         y, xa = linear_implementation(plan.backend).forward(
             x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan
         )
-    return y.view(*leading, -1), xa.view(*leading, -1)
+    return _shaped(y, leading), _shaped(xa, leading)
 
 
 @torch.library.register_fake("lora_kernels::linear_forward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -229,7 +234,7 @@ def _backward(
         dx, *others = linear_implementation(plan.backward_way.backend).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
         )
-    gradients = (None if dx is None else dx.view(*leading, -1), *others)
+    gradients = (None if dx is None else _shaped(dx, leading), *others)
     like = (dy, dy, lora_A, lora_B, dy)
     return tuple(t.new_empty(0) if found is None else found for found, t in zip(gradients, like, strict=True))
 
