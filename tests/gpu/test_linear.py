@@ -28,13 +28,8 @@ from tests.linear_cases import (
 CUDA = torch.device("cuda")
 GIB = 1 << 30
 STRATEGIES = ("one_pass", "pointers", "descriptors", "library", "persistent")
-KERNEL_OF = {
-    "one_pass": "one_pass",
-    "pointers": "gemm_expand",
-    "descriptors": "gemm_expand_tma",
-    "library": "shrink",
-    "persistent": "persistent",
-}
+KERNELS = ("one_pass", "gemm_expand", "gemm_expand_tma", "shrink", "persistent")
+KERNEL_OF = dict(zip(STRATEGIES, KERNELS, strict=True))
 BACKENDS = ("triton", "torch", "auto")
 # Compilers warn about many things, differently in each release, and none of it is ours to mend.
 quiet_compiler = pytest.mark.filterwarnings("ignore")
