@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_kernels.benchmarking.records import Environment
 from lora_kernels.benchmarking.timer import interleave
 from lora_kernels.ops._dropout import Dropper
+from lora_kernels.planning.device import triton_available
 from lora_kernels.reference.philox import keep_mask
 
 CPU = torch.device("cpu")
@@ -66,7 +68,24 @@ def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
         wide_xa = torch.cat([xa, xa.new_ones((M, 1))], 1)
         return torch.mm(wide_xa, torch.cat([lora_B, bias[:, None]], 1).T, out=y)
 
+    weight = torch.randn(64, 64).half()
+    kept = WeakTensorKeyDictionary()
+    kept[weight] = {(16, 32): (weight.data_ptr(), "its descriptor")}
+
+    def look_up() -> str:
+        address, descriptor = kept[weight][16, 32]
+        return descriptor if address == weight.data_ptr() else ""
+
+    of_descriptors: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+    if triton_available():
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        of_descriptors["a weight's tensor descriptor: made in each call, not kept"] = (
+            lambda: TensorDescriptor.from_tensor(weight, [16, 32]),
+            look_up,
+        )
     return {
+        **of_descriptors,
         f"dB [{N}, {R}] from M = {M} rows: (xa^T dy)^T, not dy^T xa": (
             long_rows,
             lambda: torch.mm(dy.T, xa),
