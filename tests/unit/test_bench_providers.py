@@ -126,11 +126,11 @@ def test_what_is_kept_for_backward_is_each_plans() -> None:
 
 def test_each_case_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
     (compiled,) = providers.named(["torch.compile"])
-    for m in (8, 10, 12):  # were they one function's, the second shape would raise
-        case = dataclasses.replace(CASE, M=m)
-        assert Gate(case, CaseInputs.of(case, CPU)).check(compiled).passed
+    with torch._dynamo.config.patch(recompile_limit=1):  # monkeypatch would leave the setting deleted
+        for m in (8, 10, 12):  # were they one function's, the second shape would raise
+            case = dataclasses.replace(CASE, M=m)
+            assert Gate(case, CaseInputs.of(case, CPU)).check(compiled).passed
 
 
 def test_a_thing_is_built_once_per_case_and_contender() -> None:
