@@ -49,7 +49,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
-    """What the needed gradients read, and nothing else."""
+    """What the needed gradients read; besides, lora_A and lora_B, whose shapes the backward's own are made of."""
     x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.needs = needs = ops.Needs(*ctx.needs_input_grad[:5])

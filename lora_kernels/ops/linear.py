@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,11 +47,7 @@ def problem_of(
     device: torch.device,
 ) -> Problem:
     """The planner's view of one call on `device`."""
-    # torch's stubs say int, but torch.device("cuda").index is None: the current device.
-    index: Any = device.index
-    if index is None and device.type == "cuda":
-        index = torch.cuda.current_device()
-    traits = device_traits(device.type, index)
+    traits = device_traits(device.type, device.index)
     return Problem(
         m, n, k, r, dtype, adapter_dtype, dropout,
         arch=traits.arch,
@@ -149,8 +145,14 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _shaped(t: Tensor, leading: torch.Size) -> Tensor:
-    """[M, columns] with the leading dims that were flattened away."""
-    return t if len(leading) == 1 else t.view(*leading, -1)
+    """[M, columns] with the leading dims that were flattened away.
+
+    Not as a view: autograd would see one that a custom Function made, and refuse to modify it in place.
+    """
+    if len(leading) == 1:
+        return t
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(t, (*leading, t.shape[1]))
+    return shaped
 
 
 @contextmanager

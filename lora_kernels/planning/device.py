@@ -20,16 +20,21 @@ class DeviceTraits(NamedTuple):
     name: str
 
 
-@cache
 def device_traits(device_type: str, index: int | None) -> DeviceTraits:
-    """Traits of one device; index None is the current one."""
+    """Traits of one device; index None is the current one. A CPU's name counts the threads it is used with."""
     if device_type != "cuda":
         return DeviceTraits(device_type, 1, f"{cpu_name()}, {torch.get_num_threads()} threads")
+    return _cuda_traits(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _cuda_traits(index: int) -> DeviceTraits:
     properties = torch.cuda.get_device_properties(index)
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     return DeviceTraits(arch, properties.multi_processor_count, properties.name)
 
 
+@cache
 def cpu_name() -> str:
     """The processor's model name, as far as the operating system tells."""
     cpuinfo = Path("/proc/cpuinfo")

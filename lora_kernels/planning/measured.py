@@ -1,13 +1,14 @@
 """Times measured on this very device: what `lora-kernels tune` found, kept in one JSON file per device.
 
-A file holds for its format, package, torch and Triton version; any other is left alone, with one warning. Files are
-written beside and moved into place, so a reader sees the old one or the new one. A file that cannot be read is ignored,
-with one warning, until the next tuning writes it anew.
+A file holds for its format, our kernels, torch's and Triton's version; any other is left alone, with one warning.
+Files are written beside and moved into place, so a reader sees the old one or the new one. A file that cannot be read
+is ignored, with one warning, until the next tuning writes it anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +26,7 @@ import torch
 from lora_kernels import config
 from lora_kernels.planning.tiles import Tile
 
-FORMAT = 1
+FORMAT = 2
 SMALLEST_ROWS = 16
 
 Direction = Literal["forward", "backward"]
@@ -36,7 +38,7 @@ def row_bucket(m: int) -> int:
 
 
 class Key(NamedTuple):
-    """One problem in one direction. M: a `row_bucket`; dtypes as torch spells them."""
+    """One problem in one direction. M: a `row_bucket`; dtypes as torch spells them; tf32: fp32 products are TF32."""
 
     direction: Direction
     M: int
@@ -46,6 +48,7 @@ class Key(NamedTuple):
     dtype: str
     adapter_dtype: str
     dropout: bool
+    tf32: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ def record(device_name: str, key: Key, timings: Timings) -> Path | None:
     """Keep the times of one problem, in this process and on disk; None where the cache is switched off."""
     path = path_of(device_name)
     with _lock:
-        # Read again: another process may have tuned meanwhile.
+        # Read again: another process may have tuned meanwhile. Of two that write in the same moment, one is lost.
         table = _loaded.get(device_name, {}) | _read(path, device_name)
         table[key] = dict(timings)
         _loaded[device_name] = table
@@ -99,6 +102,14 @@ def path_of(device_name: str) -> Path | None:
     return config.CACHE / f"plans-{slug}.json"
 
 
+@cache
+def _code() -> str:
+    """A digest of the kernels and their tables: whatever changes one may change its time, or withdraw a tile."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted([*package.glob("kernels/*.py"), *package.glob("planning/tables/*.json")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def _header(device_name: str) -> dict[str, Any]:
     def version(package: str) -> str | None:
         try:
@@ -109,14 +120,14 @@ def _header(device_name: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "device": device_name,
-        "lora_kernels": version("lora-kernels"),
+        "code": _code(),
         "torch": torch.__version__,
         "triton": version("triton"),
     }
 
 
 def _read(path: Path | None, device_name: str) -> Table:
-    if path is None or not path.exists():
+    if path is None:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +138,12 @@ def _read(path: Path | None, device_name: str) -> Table:
             )
             _warn(f"{path} was tuned for {differing}: ignored. Run `lora-kernels tune` to measure anew.")
             return {}
-        return {_key(row): {way: _timing(found) for way, found in row["ways"].items()} for row in content["rows"]}
+        return {
+            (key := _key(row)): {way: _timing(found, key.R) for way, found in row["ways"].items()}
+            for row in content["rows"]
+        }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _warn(
             f"{path} cannot be read ({type(error).__name__}: {error}): ignored. "
@@ -143,11 +159,21 @@ def _key(row: dict[str, Any]) -> Key:
     return key
 
 
-def _timing(found: dict[str, Any]) -> Timing:
+def _timing(found: dict[str, Any], rank: int) -> Timing:
     us = float(found["us"])
     if not us > 0:
         raise ValueError(f"a time must be positive; got {us}")
-    return Timing(us, tuple((kernel, Tile(**tile)) for kernel, tile in found.get("tiles", {}).items()))
+    return Timing(us, tuple((kernel, _tile(kernel, tile, rank)) for kernel, tile in found.get("tiles", {}).items()))
+
+
+def _tile(kernel: str, fields: dict[str, Any], rank: int) -> Tile:
+    if not all(type(value) is int and value >= 0 for value in fields.values()):
+        raise ValueError(f"not a tile: {fields}")
+    tile = Tile(**fields)
+    blocks = (tile.block_m, tile.block_n, tile.block_k, tile.block_r, tile.num_warps)
+    if any(block & (block - 1) for block in blocks) or (kernel == "one_pass" and tile.block_r < rank):
+        raise ValueError(f"not a tile of {kernel} at rank {rank}: {fields}")
+    return tile
 
 
 def _write(path: Path, device_name: str, table: Table) -> None:

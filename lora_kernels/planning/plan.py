@@ -86,7 +86,7 @@ class Problem:
     def key(self, direction: Direction) -> Key:
         """Under which measured times of it are kept."""
         dtype, adapter_dtype = (str(d).removeprefix("torch.") for d in (self.dtype, self.adapter_dtype))
-        return Key(direction, row_bucket(self.M), self.N, self.K, self.R, dtype, adapter_dtype, self.dropout)
+        return Key(direction, row_bucket(self.M), self.N, self.K, self.R, dtype, adapter_dtype, self.dropout, self.tf32)
 
 
 LIBRARY = Way("torch", "library")
@@ -148,7 +148,8 @@ class Plan:
     def tile(self, kernel: str, *, backward: bool = False) -> Tile:
         """The tile of one kernel."""
         table = dict(self.tiles)
-        return table.get(f"backward.{kernel}", table[kernel]) if backward else table[kernel]
+        own = f"backward.{kernel}"
+        return table[own if backward and own in table else kernel]
 
 
 @cache
@@ -202,10 +203,10 @@ def ways_of(problem: Problem, direction: Direction, backends: tuple[Backend, ...
         # Library products of fp32 adapters pass through fp32 copies; under dropout a kernel makes the share of dx.
         if problem.width != "mixed" or (backward and problem.dropout):
             ways.append(Way("triton", "library"))
-        if _persistent_serves(problem) and not (backward and problem.dropout):
-            ways.append(Way("triton", "persistent"))
         if not backward and _one_row_of_tiles(problem):
             ways.append(Way("triton", "one_pass"))
+        if _persistent_serves(problem) and not (backward and problem.dropout):
+            ways.append(Way("triton", "persistent"))
     return ways
 
 
@@ -315,7 +316,7 @@ def _cheapest(
     ranked = sorted(known, key=known.__getitem__)
     chosen = ranked[0]
     if LIBRARY in known and source.startswith("modelled") and known[LIBRARY] < MODEL_MARGIN * known[chosen]:
-        chosen, source = LIBRARY, f"{source}, and within {MODEL_MARGIN:.0%} of the library's"
+        chosen, source = LIBRARY, f"{source}, and within {MODEL_MARGIN - 1:.0%} of the library's"
     figures = ", ".join(f"{way} {known[way]:.4g} us" for way in ranked)
     return chosen, tuple((str(way), known[way]) for way in ranked), f"{source}: {figures}"
 
@@ -368,7 +369,10 @@ def make_plan(
     for direction in DIRECTIONS:
         prefix = "" if direction == "forward" else "backward."
         timing = timed[direction].get(str(chosen[direction][0]))
-        table |= {prefix + kernel: tile for kernel, tile in (timing.tiles if timing else ())}
+        for kernel, tile in timing.tiles if timing else ():
+            if direction == "forward" and kernel in table:  # what was tuned forward is no news of the backward
+                table.setdefault(f"backward.{kernel}", table[kernel])
+            table[prefix + kernel] = tile
     reason = "; ".join(part for part in (why, reason) if part)
     if backward_costs:
         reason += f". Backward: {backward_reason}"

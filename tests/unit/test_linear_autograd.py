@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import UnsupportedError, lora_linear
 from lora_kernels.ops import Needs, _linear_torch
@@ -205,6 +206,29 @@ def test_a_saved_tensor_that_was_written_to_is_noticed(changed):
         (seed if changed == "seed" else leaves[changed]).zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 5), (2, 1, 5)])
+@pytest.mark.parametrize("change", ["add_", "relu_", "through checkpoint"])
+def test_the_output_may_be_changed_in_place(change, leading, grad):
+    i = make_linear_inputs(M, N, K, R, dtype=torch.float32)
+    x, residual = torch.randn(*leading, K), torch.randn(*leading, N)
+
+    def block(x, lora_A, *, in_place):
+        y = lora_linear(x, i.weight, lora_A, i.lora_B, i.bias, backend="torch")
+        if change == "relu_":
+            return y.relu_() if in_place else y.relu()
+        return y.add_(residual) if in_place else y + residual
+
+    results = []
+    for in_place in (True, False):
+        leaves = x.clone().requires_grad_(grad), i.lora_A.clone().requires_grad_(grad)
+        run = partial(block, in_place=in_place)
+        y = checkpoint(run, *leaves, use_reentrant=False) if change == "through checkpoint" else run(*leaves)
+        results.append((y.detach(), *(torch.autograd.grad(y.sum(), leaves) if grad else ())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not lora_linear(x, i.weight, i.lora_A, i.lora_B)._is_view()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])

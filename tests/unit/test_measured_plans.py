@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lora_kernels.planning.plan import DIRECTIONS, Problem, ways_of
 from lora_kernels.planning.tiles import Tile
 
 DEVICE = "NVIDIA Test 9000"
-KEY = Key("forward", 64, 4096, 4096, 16, "bfloat16", "float32", False)
+KEY = Key("forward", 64, 4096, 4096, 16, "bfloat16", "float32", False, False)
 TILE = Tile(block_m=64, block_n=64, block_k=64, block_r=16, num_warps=4, num_stages=3)
 TIMINGS = {"torch/library": Timing(30.5), "triton/shrink_fused": Timing(21.25, (("gemm_expand", TILE),))}
 HOPPER = Problem(
@@ -91,6 +92,9 @@ DAMAGE = {
     "size": with_row(M="64"),
     "zero time": with_row(ways={"torch/library": {"us": 0}}),
     "no time": with_row(ways={"torch/library": {}}),
+    "tile of text": with_row(ways={"torch/library": {"us": 1, "tiles": {"shrink": {"block_m": "64"}}}}),
+    "tile of another size": with_row(ways={"torch/library": {"us": 1, "tiles": {"shrink": {"block_m": 100}}}}),
+    "tile too narrow": with_row(ways={"triton/one_pass": {"us": 1, "tiles": {"one_pass": {"block_r": 8}}}}),
     "unknown tile field": with_row(ways={"torch/library": {"us": 1, "tiles": {"shrink": {"block_q": 1}}}}),
 }
 
@@ -112,7 +116,7 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_written_anew(cache, dama
         assert measured.table_of(DEVICE) == {KEY: TIMINGS}
 
 
-@pytest.mark.parametrize("field", ["format", "device", "lora_kernels", "torch", "triton"])
+@pytest.mark.parametrize("field", ["format", "device", "code", "torch", "triton"])
 def test_a_file_from_another_version_is_ignored_with_one_warning(cache, field):
     path = measured.record(DEVICE, KEY, TIMINGS)
     path.write_text(edited(**{field: "another"})(json.loads(path.read_text())))
@@ -178,6 +182,38 @@ def test_a_named_backend_is_honoured_whatever_was_measured():
     assert make_plan(HOPPER, "torch", triton_available=True, measured=table).backend == "torch"
 
 
+def test_a_folder_that_may_not_be_read_is_ignored_with_one_warning(cache, monkeypatch):
+    read, exists = Path.read_text, Path.exists
+
+    def guarded(real):
+        def method(self, *arguments, **options):
+            if self.name.startswith("plans-"):
+                raise PermissionError(13, "Permission denied")
+            return real(self, *arguments, **options)
+
+        return method
+
+    monkeypatch.setattr(Path, "read_text", guarded(read))
+    monkeypatch.setattr(Path, "exists", guarded(exists))
+    with pytest.warns(RuntimeWarning, match="cannot be read .PermissionError"):
+        assert explain_plan(200, 64, 64, 8, dtype=torch.float32, device="cpu").backend == "torch"
+
+
+def test_what_was_tuned_forward_is_no_news_of_the_backward():
+    planned = make_plan(HOPPER, "triton", triton_available=True)
+    tuned = replace(TILE, block_m=32)
+    table = {HOPPER.key("forward"): {"triton/shrink_fused": Timing(1.0, (("gemm_expand", tuned),))}}
+    told = make_plan(HOPPER, "triton", triton_available=True, measured=table)
+    assert told.tile("gemm_expand") == tuned != planned.tile("gemm_expand")
+    for kernel in dict(planned.tiles):
+        if not kernel.startswith("backward."):
+            assert told.tile(kernel, backward=True) == planned.tile(kernel, backward=True)
+
+
+def test_times_under_tf32_are_others():
+    assert replace(HOPPER, tf32=True).key("forward") != HOPPER.key("forward")
+
+
 def test_a_measured_way_that_cannot_serve_is_not_taken():
     table = {HOPPER.key("forward"): {"triton/persistent": Timing(0.1), "torch/library": Timing(9.0)}}
     told = make_plan(replace(HOPPER, arch="sm_80"), "auto", triton_available=True, measured=table)
@@ -188,7 +224,7 @@ def test_auto_on_the_cpu_follows_what_was_tuned(cache):
     from lora_kernels.planning.device import device_traits
 
     name = device_traits("cpu", None).name
-    key = Key("forward", 256, 64, 64, 8, "bfloat16", "bfloat16", False)
+    key = Key("forward", 256, 64, 64, 8, "bfloat16", "bfloat16", False, False)
     for faster, slower in (("library", "upcast"), ("upcast", "library")):
         measured.record(name, key, {f"torch/{faster}": Timing(1.0), f"torch/{slower}": Timing(2.0)})
         told = explain_plan(200, 64, 64, 8, dtype=torch.bfloat16, device="cpu")
