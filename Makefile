@@ -22,7 +22,7 @@ unexport TRITON_INTERPRET
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-unit test-interpret test-compile lint format bench docs gpu gpu-check gpu-test gpu-bench \
+.PHONY: help setup test test-unit test-interpret test-compile lint format bench docs gpu gpu-check gpu-test gpu-bench gpu-unproven \
     pages clean distclean
 
 help: ## list the targets
@@ -77,10 +77,10 @@ docs: $(READY) ## run every example in README, docs and docstrings; follow every
 # GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes
 # where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
 # pinned ones, and a deprecation in them is no fault of a kernel.
-gpu gpu-check gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-check gpu-test gpu-bench gpu-unproven: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 gpu: ## the check, the tests and the benchmark that need a GPU
-	@failed=; for part in gpu-check gpu-test gpu-bench; do \
+	@failed=; for part in gpu-check gpu-test gpu-bench gpu-unproven; do \
 	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
@@ -96,7 +96,11 @@ gpu-check: ## every backend and strategy on this GPU against fp64
 gpu-test: ## tests/gpu
 	@mkdir -p "$(OUT)"
 	@$(call logged,tests.txt,$(PYTHON) -m pytest -W default \
-	    $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') tests/gpu)
+	    $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') -k 'not persistent' tests/gpu)
+
+gpu-unproven: ## what no GPU has run yet, with a limit: it waits on barriers of its own, and might for ever
+	@mkdir -p "$(OUT)"
+	@$(call logged,unproven.txt,timeout 300 $(PYTHON) -m pytest -W default -x -k persistent tests/gpu)
 
 gpu-bench: ## check, ceilings, every strategy and every peer on this GPU, in nine minutes
 	$(PYTHON) -m bench.gpu --out "$(OUT)/bench"

@@ -9,7 +9,7 @@ timed. Nothing but torch and Triton is needed, and nothing is installed. `--devi
 a CPU, to try the script.
 
 In the folder, at the end: log.txt, linear.csv, run.json, strategies.csv, host.csv, plans.json (what was tuned; plans of
-the machine's user take no part) and, where pytest-benchmark is
+the machine's user take no part), unproven.csv and, where pytest-benchmark is
 installed, linear_benchmark.json. `python -m bench.plots FOLDER` draws the pictures anywhere.
 """
 
@@ -32,11 +32,12 @@ import torch
 
 from bench import providers
 from lora_kernels.benchmarking.records import device_slug
+from lora_kernels.planning.plan import UNPROVEN
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 540.0
 # Shares of the budget; the suite has what the others leave.
-CHECK, STRATEGIES, TUNE, HOST = 0.3, 0.2, 0.15, 0.1
+CHECK, STRATEGIES, TUNE, HOST, UNPROVEN_SHARE = 0.3, 0.2, 0.15, 0.1, 0.08
 SPARE_S = 5.0  # for a last case that was begun in time, and for writing
 NO_GPU = 3
 
@@ -54,7 +55,8 @@ def parts(device: torch.device, folder: Path, budget_s: float) -> list[Part]:
     """What is run before the suite, in order."""
     where = ("--device", str(device))
     gpu = device.type == "cuda"
-    contenders = [*providers.BASELINES[:1], providers.ADDMM, *providers.OURS]
+    proven = [p for p in providers.OURS if p.name.rpartition(":")[2] not in UNPROVEN]
+    contenders = [*providers.BASELINES[:1], providers.ADDMM, *proven]
     strategies = (
         "bench.linear", *where, "--suite", "strategies" if gpu else "cpu", "--only", "" if gpu else "minilm.attention",
         "--providers", ",".join(provider.name for provider in contenders), "--budget", "0.4", "--rows-only",
@@ -69,6 +71,17 @@ def parts(device: torch.device, folder: Path, budget_s: float) -> list[Part]:
     listed.append(Part("tune", ("lora_kernels", "tune", *where, *tuned), TUNE))
     listed.append(Part("host time", ("bench.host", *where, "--out", str(folder)), HOST))
     return listed
+
+
+def unproven(device: torch.device, folder: Path) -> list[Part]:
+    """What no GPU has run yet comes last, each step in a process that can be stopped: right first, then timed."""
+    names = ["frozen linear", "triton:library", *(f"triton:{strategy}" for strategy in UNPROVEN)]
+    timing = (
+        "bench.linear", "--device", str(device), "--suite", "strategies", "--providers", ",".join(names),
+        "--budget", "0.4", "--rows-only", "--total", "20", "--out", str(folder / "unproven"),
+    )  # fmt: skip
+    check = ("lora_kernels", "check", "--quick", "--unproven", "--backend", "triton", "--device", str(device))
+    return [Part("check of what no GPU has run yet", check, UNPROVEN_SHARE), Part("its times", timing, UNPROVEN_SHARE)]
 
 
 def suite(device: torch.device, folder: Path, total_s: float) -> Part:
@@ -122,16 +135,22 @@ def run(device: torch.device, out: Path, budget_s: float) -> int:
             if fault and part.title == "check":
                 break
         else:
-            left = budget_s - (time.perf_counter() - start) - SPARE_S
+            last = unproven(device, folder) if device.type == "cuda" else []
+            left = budget_s - (time.perf_counter() - start) - SPARE_S - sum(part.share for part in last) * budget_s
             fault = run_part(
                 suite(device, folder, max(left - SPARE_S, 1.0)), log, folder, max(left + 2 * SPARE_S, 60.0)
             )
             faults += [fault] if fault else []
+            for part in last:
+                fault = run_part(part, log, folder, part.share * budget_s)
+                faults += [fault] if fault else []
+                if fault:
+                    break
         keep(folder, out)
         outcome = "; ".join(faults) or "every part done"
-        last = f"\n{outcome}; {time.perf_counter() - start:.0f} of {budget_s:.0f} s; written: {out}"
-        print(last)
-        print(last, file=log)
+        line = f"\n{outcome}; {time.perf_counter() - start:.0f} of {budget_s:.0f} s; written: {out}"
+        print(line)
+        print(line, file=log)
     return int(bool(faults))
 
 
@@ -143,6 +162,7 @@ def keep(folder: Path, out: Path) -> None:
         ("suite/linear_benchmark.json", "linear_benchmark.json"),
         ("strategies/linear.csv", "strategies.csv"),
         ("host.csv", "host.csv"),
+        ("unproven/linear.csv", "unproven.csv"),
     ):
         if (folder / source).exists():
             shutil.copyfile(folder / source, out / name)

@@ -16,6 +16,7 @@ from bench.providers.peft_layer import PEFT
 from bench.providers.strategies import AUTO, STRATEGIES
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN_LINEAR, UNFUSED_CHAIN, Provider
+from lora_kernels.planning.plan import UNPROVEN
 
 BASELINES = (FROZEN_LINEAR, UNFUSED_CHAIN)
 PEERS = (PEFT, COMPILED, COMPILED_MAX, ADDMM, UNSLOTH_STYLE, LORAFUSION_STYLE)
@@ -50,7 +51,7 @@ def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
     """Who runs in a case where nobody is named: all on a GPU; on a CPU, peers in some cases only.
 
     The compiler runs where a target is about it, since each case of its own costs more time than all the others
-    together; `compile-max`, half a minute and more a case, where it is named.
+    together; `compile-max`, half a minute and more a case, where it is named. So does what no GPU has run yet.
     """
     compilable = case.backward and case.R == 16 and case.adapter_dtype == case.dtype
     if device.type == "cpu":
@@ -60,5 +61,6 @@ def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
         chosen = {provider.name for provider in (*BASELINES, *peers, AUTO)}
     else:
         compiled = compilable and case.model == _GPU_COMPILED_MODEL
-        chosen = set(NAMES) - {COMPILED.name, COMPILED_MAX.name}
+        unproven = {f"triton:{strategy}" for strategy in UNPROVEN}
+        chosen = set(NAMES) - {COMPILED.name, COMPILED_MAX.name} - unproven
     return named(chosen | {COMPILED.name} if compiled else chosen)

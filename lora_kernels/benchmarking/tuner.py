@@ -20,7 +20,7 @@ from lora_kernels.benchmarking.timer import interleave
 from lora_kernels.planning import Backend, Plan, Problem, Way, make_plan, tiles
 from lora_kernels.planning.device import device_traits, triton_available
 from lora_kernels.planning.measured import Direction, Key, Timing, row_bucket
-from lora_kernels.planning.plan import DIRECTIONS, obstacle_to_triton, ways_of
+from lora_kernels.planning.plan import DIRECTIONS, UNPROVEN, obstacle_to_triton, ways_of
 from lora_kernels.reference import linear as reference
 from lora_kernels.reference.budget import error_limit, relative_error
 
@@ -58,6 +58,10 @@ class Outcome:
     refused: dict[str, str]
 
 
+class DeviceLostError(RuntimeError):
+    """A kernel faulted so that the process can launch no other."""
+
+
 def questions(cases: Iterable[LinearCase]) -> list[Question]:
     """The distinct problems behind the cases, at their row buckets; forward cases ask for the forward only."""
     found: dict[Question, None] = {}
@@ -69,16 +73,18 @@ def questions(cases: Iterable[LinearCase]) -> list[Question]:
     return list(found)
 
 
-def tune(question: Question, device: torch.device, *, budget_s: float) -> Outcome:
+def tune(question: Question, device: torch.device, *, budget_s: float, unproven: bool = False) -> Outcome:
     """Time every way of one question, those first that the planner would take.
 
     Args:
         question: what is asked.
         device: where.
         budget_s: seconds for the timed rounds; compiling and checking come on top.
+        unproven: whether to time also what no GPU has run yet.
 
     Raises:
         torch.OutOfMemoryError: the operands alone do not fit.
+        DeviceLostError: a kernel left the device unusable for this process.
     """
     case, direction = question.case, question.direction
     problem = ops.problem_of(
@@ -91,6 +97,8 @@ def tune(question: Question, device: torch.device, *, budget_s: float) -> Outcom
     refused: dict[str, str] = {}
     contenders: dict[str, tuple[_Candidate, Callable[[], object]]] = {}
     for candidate in _candidates(problem, direction):
+        if candidate.way.strategy in UNPROVEN and not unproven:
+            continue
         call = partial(run, candidate.plan)
         try:
             got = call()
@@ -98,6 +106,7 @@ def tune(question: Question, device: torch.device, *, budget_s: float) -> Outcom
         except Exception as error:  # a tile that does not fit this GPU is a fact to keep, not the end
             lines = str(error).strip().splitlines() or [""]
             refused[candidate.name] = f"{type(error).__name__}: {lines[0]}"
+            _probe(device, candidate.name)
             continue
         if off:
             refused[candidate.name] = f"{off[0]} is off by more than twice eager's error"
@@ -113,6 +122,16 @@ def tune(question: Question, device: torch.device, *, budget_s: float) -> Outcom
             if way not in timings or us < timings[way].us:
                 timings[way] = Timing(us, candidate.tiles)
     return Outcome(question, problem.key(direction), timings, refused)
+
+
+def _probe(device: torch.device, after: str) -> None:
+    """An illegal access is reported by every later call as well: those would be refused for this one's fault."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLostError(f"{after} left the device unusable for this process: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_kernels.cli.devices import device_of
 from lora_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lora_kernels.benchmarking.report import Table, by_case, summarise
     from lora_kernels.benchmarking.runner import run_suite
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(arguments.device)
     cases = select_cases(arguments, device)
     print(Environment.current(device).line)
     print("Medians of interleaved rounds; ratios are paired within a round, with their 10th-90th percentile.")

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from lora_kernels import config
 from lora_kernels.cli import table
+from lora_kernels.cli.devices import device_of
 from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
-from lora_kernels.planning.plan import Strategy, obstacle_to_triton, paired, ways_of
+from lora_kernels.planning.plan import UNPROVEN, Strategy, obstacle_to_triton, paired, ways_of
 from lora_kernels.reference.philox import keep_mask
 from lora_kernels.testing import (
     LinearInputs,
@@ -116,6 +117,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="only this one (default: all that can run here)")
     parser.add_argument("--device", help="only this one (default: the CPU, and the current GPU if there is one)")
     parser.add_argument("--quick", action="store_true", help="three problems in three dtypes")
+    parser.add_argument("--unproven", action="store_true", help=f"also {', '.join(UNPROVEN)}, which no GPU has run yet")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -126,13 +128,15 @@ def run(arguments: argparse.Namespace) -> int:
     skipped: list[str] = []
     jobs: list[Job] = []
     for place in places:
-        device = _device(place)
+        device = device_of(place)
         for backend in [arguments.backend] if arguments.backend else BACKENDS:
             obstacle = _obstacle(backend, device)
             if obstacle:
                 skipped.append(f"{backend} on {place}: {obstacle}")
             else:
-                jobs += plan_jobs(backend, device, quick=arguments.quick)
+                jobs += plan_jobs(backend, device, quick=arguments.quick, unproven=arguments.unproven)
+                if not arguments.unproven and unproven_of(backend, device):
+                    skipped.append(f"{backend} on {place}: {', '.join(UNPROVEN)}, which no GPU has run yet: --unproven")
     if not jobs:
         raise UnsupportedError("nothing to check. " + "; ".join(skipped))
 
@@ -155,16 +159,6 @@ def run(arguments: argparse.Namespace) -> int:
     for row in failed:
         print(f"FAILED {_identity(row)}: {_fault(row)}", file=sys.stderr)
     return int(bool(failed))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedError(f"--device must be a device of this machine; got {name!r}: {reason}") from None
-    return device
 
 
 def _obstacle(backend: str, device: torch.device) -> str | None:
@@ -199,7 +193,14 @@ class Job:
         return f"{names[self.dtype]}+{names[self.adapter_dtype]}" if own else names[self.dtype]
 
 
-def plan_jobs(backend: str, device: torch.device, *, quick: bool) -> list[Job]:
+def unproven_of(backend: str, device: torch.device) -> bool:
+    """Whether some strategy could serve there and is left out unless asked for."""
+    bf16 = torch.bfloat16
+    problem = problem_of(64, 64, 64, 16, dtype=bf16, adapter_dtype=bf16, dropout=False, device=device)
+    return backend == "triton" and any(way.strategy in UNPROVEN for way in ways_of(problem, "forward", ("triton",)))
+
+
+def plan_jobs(backend: str, device: torch.device, *, quick: bool, unproven: bool = False) -> list[Job]:
     """Every case in every dtype with every strategy of the backend, also those the planner would not choose here."""
     cases: tuple[Case, ...] = QUICK if quick else CASES
     dtypes = QUICK_DTYPES if quick or (backend == "triton" and config.INTERPRETED) else DTYPES
@@ -210,6 +211,7 @@ def plan_jobs(backend: str, device: torch.device, *, quick: bool) -> list[Job]:
         for dtype, adapter_dtype in dtypes
         for case in (*cases, MASK_CASE)
         for strategy, plan in _plans(backend, device, case, dtype, adapter_dtype)
+        if unproven or strategy.partition(",")[0] not in UNPROVEN
     ]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from lora_kernels.cli.bench import DTYPES, select_cases
+from lora_kernels.cli.devices import device_of
+from lora_kernels.planning.plan import UNPROVEN
 
 
 def add_parser(commands: Any) -> None:
@@ -28,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout for --shapes (default: 0)")
     parser.add_argument("--device", help="default: the current GPU if there is one, else the CPU")
     parser.add_argument("--budget", type=float, default=120.0, metavar="S", help="seconds in all (default: 120)")
+    parser.add_argument("--unproven", action="store_true", help=f"also {', '.join(UNPROVEN)}, which no GPU has run yet")
     parser.set_defaults(run=run)
 
 
@@ -35,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Tunes; 1 where nothing could be kept, 130 where it was interrupted."""
     from lora_kernels import ops
     from lora_kernels.benchmarking.records import Environment
-    from lora_kernels.benchmarking.tuner import device_name, questions, tune
+    from lora_kernels.benchmarking.tuner import DeviceLostError, device_name, questions, tune
     from lora_kernels.planning import measured
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(arguments.device)
     asked = questions(select_cases(arguments, device))
     name = device_name(device)
     print(Environment.current(device).line)
@@ -54,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             _progress(index, len(asked), remaining, question.line)
             try:
                 # Half of a question's share is for compiling and for checking.
-                outcome = tune(question, device, budget_s=remaining / (len(asked) - index) / 2)
+                share = remaining / (len(asked) - index) / 2
+                outcome = tune(question, device, budget_s=share, unproven=arguments.unproven)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 left_out += 1
                 _line(f"{question.line}  left out: {str(error).splitlines()[0]}")
@@ -71,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         _line(f"not kept: {error}")
         status = 1
+    except DeviceLostError as error:
+        _line(f"stopped: {error}")
+        left_out, status = len(asked) - done, 1
     ops.forget_plans()
     print(f"{done} of {len(asked)} kept" + (f", {left_out} left out" if left_out else ""))
     return status or int(done == 0)

@@ -90,6 +90,8 @@ class Problem:
 
 
 LIBRARY = Way("torch", "library")
+UNPROVEN: tuple[Strategy, ...] = ("persistent",)
+"""What no GPU has run yet, and what waits on barriers of its own: neither modelled, nor checked or tuned unasked."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 BACKWARD_OF: Mapping[Strategy, Strategy] = {"one_pass": "fused", "shrink_fused": "fused"}
 """The backward that goes with a forward where nothing else is said; the others have their own name's."""
@@ -309,8 +311,7 @@ def _cheapest(
         return way, (), reason
     else:
         costs = Costs(problem)
-        # What no GPU has run is not taken for its modelled speed: the persistent kernel waits on barriers of its own.
-        modelled = [way for way in ways if way.strategy != "persistent"]
+        modelled = [way for way in ways if way.strategy not in UNPROVEN]
         known = {way: costs.of(way, backward=direction == "backward") for way in modelled}
         source = "modelled, not measured on this device"
     ranked = sorted(known, key=known.__getitem__)

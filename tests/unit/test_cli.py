@@ -153,6 +153,13 @@ def test_an_unknown_device_is_named(capsys):
     assert "--device must be a device of this machine; got 'abacus'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["tune", "bench"])
+@pytest.mark.parametrize("device", ["abacus", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_every_command_refuses_a_device_that_is_not_there(command, device, capsys):
+    assert main([command, "--device", device]) == 2
+    assert f"--device must be a device of this machine; got {device!r}" in capsys.readouterr().err
+
+
 # -- bench
 
 

@@ -10,7 +10,8 @@ import torch
 
 from lora_kernels import UnsupportedError, explain_plan
 from lora_kernels.planning import Plan, Problem, make_plan
-from lora_kernels.planning.measured import row_bucket
+from lora_kernels.planning.measured import Timing, row_bucket
+from lora_kernels.planning.plan import DIRECTIONS, Way, ways_of
 from lora_kernels.planning.tiles import FAMILIES, WIDTHS, Tile, padded_rank, shipped_tiles
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -150,6 +151,21 @@ def test_auto_prefers_kernels_where_the_library_needs_passes_over_x():
     assert plan(dropout=True).backend == "triton"
     assert plan(width="mixed").backend == "triton"
     assert plan(n=4096, k=4096).backend == "torch"
+
+
+@pytest.mark.parametrize("m", [1, 64, 8192])
+def test_what_no_gpu_has_run_is_not_taken_unmeasured(m):
+    able = problem(m=m, n=4096, k=4096, gluon=True)
+    for backend in ("auto", "triton"):
+        told = make_plan(able, backend, triton_available=True)
+        assert "persistent" not in (told.strategy, told.backward_way.strategy)
+    table = {able.key(direction): {"triton/persistent": Timing(1.0)} for direction in DIRECTIONS}
+    told = make_plan(able, "auto", triton_available=True, measured=table)
+    assert (told.strategy, told.backward) == ("persistent", Way("triton", "persistent"))
+    for unable in (dataclasses.replace(able, gluon=False), dataclasses.replace(able, R=12)):
+        assert Way("triton", "persistent") not in ways_of(unable, "forward", ("triton",))
+    masked = dataclasses.replace(able, dropout=True)
+    assert Way("triton", "persistent") not in ways_of(masked, "backward", ("triton",))
 
 
 def test_precision_of_fp32_products():

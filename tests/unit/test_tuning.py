@@ -140,6 +140,36 @@ def test_what_does_not_fit_is_left_out_and_said(clock, monkeypatch, capsys):
     assert "3 of 4 kept, 1 left out" in out
 
 
+def test_a_lost_device_ends_it_and_keeps_what_was_measured(clock, monkeypatch, capsys):
+    real, calls = tuner.tune, []
+
+    def faults(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            monkeypatch.setattr(torch.cuda, "synchronize", lambda _: (_ for _ in ()).throw(RuntimeError("illegal")))
+            tuner._probe(torch.device("cuda"), "triton/persistent")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(tuner, "tune", faults)
+    assert main([*COMMAND, "--budget", "30"]) == 1
+    out = capsys.readouterr().out
+    assert "stopped: triton/persistent left the device unusable for this process: illegal" in out
+    assert "1 of 4 kept, 3 left out" in out
+
+
+def test_a_fault_that_passes_is_no_loss(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    tuner._probe(torch.device("cuda"), "a tile too large")
+    tuner._probe(CPU, "anything")
+
+
+@pytest.mark.parametrize("unproven", [True, False])
+def test_what_no_gpu_has_run_is_tuned_only_when_asked(clock, monkeypatch, unproven):
+    monkeypatch.setattr(tuner, "UNPROVEN", ("upcast",))
+    outcome = tuner.tune(tuner.questions([CASE])[0], CPU, budget_s=0.01, unproven=unproven)
+    assert ("torch/upcast" in outcome.timings) == unproven
+
+
 def test_the_budget_ends_it(clock, monkeypatch, capsys):
     import lora_kernels.cli.tune as command
 
