@@ -222,7 +222,7 @@ TARGETS = (
     ),
     Target("Kept for backward beyond x and xa, the most of all cases", 1 / 16, True, "of x", None, _kept_beyond_xa),
     Target(
-        "Host time per forward + backward, over the same autograd.Function doing nothing",
+        "GPU: host time per forward + backward, over the same autograd.Function doing nothing",
         25.0, True, "us", "gpu", _host,
     ),
     Target(
