@@ -160,8 +160,7 @@ def lora_linear(
         The same call gives the same bits: reductions run in fixed order, without floating-point atomics.
 
     Saved for backward:
-        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask, no copy
-        of x.
+        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask, no copy of x.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. (3); dropout on the adapter's

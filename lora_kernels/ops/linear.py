@@ -7,7 +7,6 @@ Gradients that are not needed come back as empty tensors: a schema has no option
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -45,28 +44,34 @@ def problem_of(
     adapter_dtype: torch.dtype,
     dropout: bool,
     device: torch.device,
+    tf32: bool | None = None,
 ) -> Problem:
-    """The planner's view of one call on `device`."""
+    """The planner's view of one call on `device`; tf32 None: as torch multiplies fp32 there at this moment."""
     traits = device_traits(device.type, device.index)
     return Problem(
         m, n, k, r, dtype, adapter_dtype, dropout,
         arch=traits.arch,
         device_type=device.type,
         sm_count=traits.sm_count,
-        tf32=device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32",
+        tf32=_multiplies_in_tf32(device) if tf32 is None else tf32,
         interpreted=config.INTERPRETED,
         gluon=gluon_available() and not config.INTERPRETED,
     )  # fmt: skip
 
 
+def _multiplies_in_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def _plan(t: Tensor, n: int, lora_A: Tensor, seed: Tensor | None, backend: str) -> Plan:
     r, k = lora_A.shape
-    tf32 = t.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return _plan_for(row_bucket(t.shape[0]), n, k, r, t.dtype, lora_A.dtype, seed is not None, t.device, backend, tf32)
+    m, device, tf32 = row_bucket(t.shape[0]), t.device, _multiplies_in_tf32(t.device)
+    return _plan_for(backend, m, n, k, r, t.dtype, lora_A.dtype, seed is not None, device, tf32)
 
 
 @lru_cache(maxsize=4096)
 def _plan_for(
+    backend: str,
     m: int,
     n: int,
     k: int,
@@ -75,12 +80,13 @@ def _plan_for(
     adapter_dtype: torch.dtype,
     dropout: bool,
     device: torch.device,
-    backend: str,
     tf32: bool,
 ) -> Plan:
-    # A training step asks for the same few plans over and over; made anew, the two of them would cost it 20 us.
-    problem = problem_of(m, n, k, r, dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, device=device)
-    return plan_of(dataclasses.replace(problem, tf32=tf32), backend, device)
+    # A training step asks for the same few plans over and over.
+    problem = problem_of(
+        m, n, k, r, dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, device=device, tf32=tf32
+    )
+    return plan_of(problem, backend, device)
 
 
 def plan_of(problem: Problem, backend: str, device: torch.device) -> Plan:

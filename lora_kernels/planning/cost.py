@@ -23,6 +23,8 @@ FUSED_GEMM = {"descriptors": 0.93, "pointers": 0.85}
 """Rate of our GEMMs over the library's. Assumed, until a GPU has measured it."""
 LAUNCH_US = 2.0
 """Gap that one more kernel in the stream leaves."""
+BACKWARD_LAUNCHES = 5
+"""Products and reductions of any backward."""
 MASK_INSTRUCTIONS = {"streamed": 15, "accumulator": 45}
 """SASS instructions per element of a mask, in a kernel that streams x, and in the layout of an accumulator."""
 # Torch's integer Philox on a GPU: about a hundred passes over 8-byte words, one word for 8 elements, read and written.
@@ -83,16 +85,13 @@ class Costs:
         if way.backend == "torch":
             converted = 2 * self._conversion(p.M, p.N) + 2 * self._conversion(p.M, p.K)
             rank_sized = 2 * read_dy + read_x + converted + self._torch_mask()
-            low_rank = self._pass(p.M, p.K, 1)
-            launches = 5
         else:
             rank_sized = read_dy + max(read_x, self._mask("streamed"))
-            low_rank = self._pass(p.M, p.K, 1) if way.strategy == "library" else 0.0
-            launches = 5
         if way.strategy in ("fused", "persistent"):
-            return rank_sized + self._gemm(self._rate()) + self._mask("accumulator") + launches * LAUNCH_US
-        gemm = self._gemm(1.0, extra_bytes=p.M * p.K * p.dtype.itemsize)
-        return rank_sized + low_rank + gemm + launches * LAUNCH_US
+            gemm = self._gemm(self._rate()) + self._mask("accumulator")
+        else:  # dx holds its low-rank term before the library adds to it
+            gemm = self._pass(p.M, p.K, 1) + self._gemm(1.0, extra_bytes=p.M * p.K * p.dtype.itemsize)
+        return rank_sized + gemm + BACKWARD_LAUNCHES * LAUNCH_US
 
     def _torch_mask(self) -> float:
         p = self._problem

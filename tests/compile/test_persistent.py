@@ -10,8 +10,6 @@ from lora_kernels.kernels import persistent
 from lora_kernels.planning.tiles import Tile, tile_of
 from tests.compile.support import Figures, compile_only
 
-pytestmark = pytest.mark.skipif(bool(persistent.MISSING), reason=f"no Gluon: {persistent.MISSING}")
-
 
 def persistent_tile(n: int, rank: int) -> Tile:
     tile = tile_of("hopper", "16", "persistent", columns=n, rank=rank)
@@ -127,3 +125,9 @@ def test_barriers_stand_where_the_argument_needs_them(variant: str) -> None:
     assert len(re.findall("wb+a", order)) == order.count("a") == order.count("w") == 6
     # Four chunks of each consumer: the old store has read, all know, all write and fence, all have, one stores.
     assert len(re.findall("rb+s+fb+t", order)) == order.count("t") == order.count("r") == 8
+
+
+def test_nothing_is_missing_from_a_supported_triton() -> None:
+    # Else the kernel would quietly be plain Python, and every other test of it would say so in its own way.
+    assert persistent.MISSING == ""
+    assert persistent.persistent_available()
