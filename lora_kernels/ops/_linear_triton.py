@@ -17,7 +17,7 @@ from lora_kernels.kernels.gemm_expand import gemm_expand
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma, tma_serves
 from lora_kernels.kernels.interpreter import is_interpreting, repaired
 from lora_kernels.kernels.one_pass import one_pass
-from lora_kernels.kernels.persistent import persistent, persistent_serves
+from lora_kernels.kernels.persistent import persistent, persistent_available, persistent_serves
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan
@@ -153,8 +153,10 @@ def _gemm(
     """
     suffix = "" if seed is None else "_dropout"
     backward = not transpose_weight
-    if persistent_tile is not None and persistent_serves(
-        lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e
+    if (
+        persistent_tile is not None
+        and persistent_available()
+        and persistent_serves(lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e)
     ):
         return persistent(
             lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias,
