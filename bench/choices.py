@@ -1,28 +1,33 @@
 """The small measurements behind choices that comments in the CPU code name, so that anyone can repeat them.
 
-python -m bench.choices [--budget SECONDS]
+python -m bench.choices [--budget SECONDS] [--out FOLDER]
 
-Each line is one choice: medians of interleaved rounds and the ratio, alternative over chosen, with its 10th-90th
-percentile.
+Each line, and row of choices.csv, is one choice: medians of interleaved rounds and the ratio, alternative over chosen,
+with its 10th-90th percentile.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_kernels.benchmarking.records import Environment
+from lora_kernels.benchmarking.records import Environment, device_slug, write_csv
 from lora_kernels.benchmarking.timer import interleave
 from lora_kernels.ops._dropout import Dropper
 from lora_kernels.planning.device import triton_available
+from lora_kernels.reference import philox
 from lora_kernels.reference.philox import keep_mask
 
 CPU = torch.device("cpu")
 M, N, K, R = 1024, 768, 768, 16
+TALL = 2048
 P = 0.1
 
 
@@ -84,6 +89,11 @@ def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
             lambda: TensorDescriptor.from_tensor(weight, [16, 32]),
             look_up,
         )
+
+    def whole() -> torch.Tensor:
+        with mock.patch.dict(philox.COUNTERS_AT_A_TIME, cpu=TALL * K):
+            return keep_mask(seed, TALL, K, P)
+
     return {
         **of_descriptors,
         f"dB [{N}, {R}] from M = {M} rows: (xa^T dy)^T, not dy^T xa": (
@@ -98,6 +108,10 @@ def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
             lambda: drop([(x, dropped)], first_row=0),
             lambda: torch.where(keep_mask(seed, M, K, P), x, 0),
         ),
+        f"a mask [{TALL}, {K}] by keep_mask: in pieces, not whole": (
+            lambda: keep_mask(seed, TALL, K, P),
+            whole,
+        ),
         f"mask * x [{M}, {K}], against F.dropout's generator": (
             lambda: drop([(x, dropped)], first_row=0),
             lambda: torch.nn.functional.dropout(x, P),
@@ -109,17 +123,42 @@ def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     }
 
 
+@dataclass(frozen=True)
+class ChoiceRow:
+    """Milliseconds of what was chosen and of the alternative, and their ratio paired round by round."""
+
+    choice: str
+    chosen_ms: float
+    alternative_ms: float
+    ratio: float
+    ratio_p10: float
+    ratio_p90: float
+    device: str
+    threads: int
+    torch: str
+    commit: str
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: one line per choice."""
     parser = argparse.ArgumentParser(prog="python -m bench.choices", description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of timing per choice")
-    budget_s = parser.parse_args(argv).budget
-    print(Environment.current(CPU).line)
+    parser.add_argument("--out", type=Path, help="folder for choices.csv (default: bench/results/local/<device>)")
+    arguments = parser.parse_args(argv)
+    environment = Environment.current(CPU)
+    print(environment.line)
+    rows = []
     for name, (chosen, alternative) in choices().items():
-        samples = interleave({"chosen": chosen, "alternative": alternative}, device=CPU, budget_s=budget_s, warmup=5)
-        ratio = samples.ratio("alternative", "chosen")
-        times = f"{samples.time('chosen').median:8.3f} ms, alternative {samples.time('alternative').median:8.3f} ms"
+        contenders = {"chosen": chosen, "alternative": alternative}
+        samples = interleave(contenders, device=CPU, budget_s=arguments.budget, warmup=5)
+        ratio, ms = samples.ratio("alternative", "chosen"), {key: samples.time(key).median for key in contenders}
+        times = f"{ms['chosen']:8.3f} ms, alternative {ms['alternative']:8.3f} ms"
         print(f"{name:<72} {times}  {ratio.median:5.2f}x ({ratio.p10:.2f}-{ratio.p90:.2f})", flush=True)
+        where = (environment.device, environment.threads, environment.torch, environment.commit)
+        rows.append(ChoiceRow(name, *ms.values(), ratio.median, ratio.p10, ratio.p90, *where))
+    out = arguments.out or Path(__file__).parent / "results" / "local" / device_slug(CPU)
+    write_csv(rows, out / "choices.csv")
+    print(f"written: {out / 'choices.csv'}")
 
 
 if __name__ == "__main__":

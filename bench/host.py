@@ -10,10 +10,9 @@ and dispatch, and on a CPU also the products, here of 16 rows. On a GPU nothing 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from bench.providers import ADDMM, AUTO, UNFUSED_CHAIN
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import CaseInputs
-from lora_kernels.benchmarking.records import Environment, device_slug
+from lora_kernels.benchmarking.records import Environment, device_slug, write_csv
 from lora_kernels.benchmarking.timer import Samples, round_order
 
 NOTHING = "nothing"
@@ -118,25 +117,6 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
     for _ in range(CALLS):
         step()
     return (time.perf_counter() - start) / CALLS * 1e6
-
-
-def write_csv(rows: Sequence[HostRow], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(HostRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def read_csv(path: Path) -> list[HostRow]:
-    if not path.exists():
-        return []
-    texts = {"contender", "device", "commit"}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            HostRow(**{name: cell if name in texts else float(cell) for name, cell in row.items()})
-            for row in csv.DictReader(file)
-        ]
 
 
 def lines(rows: Sequence[HostRow]) -> list[str]:

@@ -8,16 +8,17 @@ Needs no GPU: the kernels run in Triton's interpreter, which rounds where they r
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lora_kernels.benchmarking.records import Environment
 from lora_kernels.config import INTERPRETED
 from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
+from lora_kernels.planning.plan import paired
 from lora_kernels.testing import LinearInputs, make_linear_inputs, relative_error, run_linear, run_linear_plan
 
 M, N, K, R = 512, 384, 512, 16
@@ -38,9 +39,9 @@ def plans(dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict[str, Plan | No
         M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, dropout=False, device=torch.device("cpu")
     )
     library = make_plan(problem, "torch", triton_available=True)
-    columns: dict[str, Plan | None] = {"torch, library": dataclasses.replace(library, strategy="library")}
+    columns: dict[str, Plan | None] = {"torch, library": paired(problem, library, "library")}
     half = dtype != torch.float32
-    columns["torch, upcast"] = dataclasses.replace(library, strategy="upcast") if half else None
+    columns["torch, upcast"] = paired(problem, library, "upcast") if half else None
     if INTERPRETED:
         columns["triton, interpreted"] = make_plan(problem, "triton", triton_available=True)
     return columns
@@ -51,7 +52,13 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> list[float]:
 
 
 def table() -> str:
-    lines = [f"| dtype | computed by | {' | '.join(TENSORS)} |", f"|---|---|{'---|' * len(TENSORS)}"]
+    machine = Environment.current(torch.device("cpu"))
+    lines = [
+        f"{machine.line}:",
+        "",
+        f"| dtype | computed by | {' | '.join(TENSORS)} |",
+        f"|---|---|{'---|' * len(TENSORS)}",
+    ]
     for name, dtype, adapter_dtype in DTYPES:
         inputs: LinearInputs = make_linear_inputs(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, seed=3)
         truth = run_linear(inputs.double(), "reference")

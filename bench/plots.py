@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="with linear.csv and run.json; the pictures go there, too")
     folder = parser.parse_args(argv).folder
-    linear(read_csv(folder / "linear.csv"), read_ceilings(folder / "run.json"), folder)
+    linear(read_csv(folder / "linear.csv", Record), read_ceilings(folder / "run.json"), folder)
 
 
 if __name__ == "__main__":

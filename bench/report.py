@@ -13,15 +13,16 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from bench import comparison, host, providers, targets
+from bench import choices, comparison, host, providers, targets
 from bench.comparison import Found, milliseconds, ours
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record, read_csv
 from lora_kernels.benchmarking.report import by_case
 
+Row = TypeVar("Row")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = ROOT / "docs" / "benchmarks"
@@ -41,10 +42,14 @@ def folders() -> list[Path]:
     return sorted(path.parent for path in RESULTS.glob("*/linear.csv") if path.parent.name not in NOT_COMMITTED)
 
 
+def _rows(path: Path, kind: type[Row]) -> list[Row]:
+    return read_csv(path, kind) if path.exists() else []
+
+
 def page(folder: Path) -> str:
     """The page of one device."""
-    records = read_csv(folder / "linear.csv")
-    host_rows = host.read_csv(folder / "host.csv")
+    records = read_csv(folder / "linear.csv", Record)
+    host_rows = _rows(folder / "host.csv", host.HostRow)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
     cases = by_case(records)
     parts = [
@@ -55,6 +60,7 @@ def page(folder: Path) -> str:
         _strategies(folder),
         _memory_and_error(cases),
         _host(host_rows),
+        _choices(_rows(folder / "choices.csv", choices.ChoiceRow)),
         _left_out(records, run),
         _pictures(folder),
     ]
@@ -135,7 +141,7 @@ def _first(cases: Mapping[LinearCase, Found], number: int) -> Iterator[tuple[Lin
 def _strategies(folder: Path) -> str:
     """Every strategy beside every other, from before a tuner chose among them."""
     path = folder / "strategies.csv"
-    return _side_by_side("Strategies", by_case(read_csv(path))) if path.exists() else ""
+    return _side_by_side("Strategies", by_case(read_csv(path, Record))) if path.exists() else ""
 
 
 def _side_by_side(title: str, cases: Mapping[LinearCase, Found]) -> str:
@@ -190,6 +196,20 @@ def _host(rows: Sequence[host.HostRow]) -> str:
     ]
     titles = ["forward + backward of a tiny linear", "p", "µs of the host (10th–90th percentile)", "over nothing"]
     return _section("Host time", titles, cells)
+
+
+def _choices(rows: Sequence[choices.ChoiceRow]) -> str:
+    cells = [
+        [
+            r.choice,
+            f"{r.chosen_ms:.3f}",
+            f"{r.alternative_ms:.3f}",
+            f"{r.ratio:.2f}x ({r.ratio_p10:.2f}–{r.ratio_p90:.2f})",
+        ]
+        for r in rows
+    ]
+    titles = ["what was chosen", "ms", "the alternative, ms", "ratio (10th–90th percentile)"]
+    return _section("Small choices, each by itself", titles, cells, "By `python -m bench.choices`.")
 
 
 def _left_out(records: Sequence[Record], run: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import finetune, host, linear, suites
-from lora_kernels.benchmarking.records import device_slug
+from lora_kernels.benchmarking.records import device_slug, write_csv
 from lora_kernels.cli import main as lora_kernels
 
 SECONDS = 275.0
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _heading("3/4  Host time of a call")
     host_rows = host.measure(device)
-    host.write_csv(host_rows, out / "host.csv")
+    write_csv(host_rows, out / "host.csv")
     print("\n".join(host.lines(host_rows)))
 
     _heading("4/4  Fine-tuning a pretrained encoder")

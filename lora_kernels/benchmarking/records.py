@@ -10,18 +10,18 @@ import io
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from lora_kernels.planning.device import cpu_name as cpu_name
+from lora_kernels.planning.device import cpu_name, device_traits, slug
+from lora_kernels.planning.measured import write_whole
 
 _Device = torch.device  # a name of its own, because `torch` is a field of the classes below
 
@@ -128,22 +128,24 @@ class Record:
         return kind if kind in ("refused", "failed") else ""
 
 
-def write_csv(records: Sequence[Record], path: Path) -> None:
-    """Write the rows with a header; missing values are empty cells."""
+Row = TypeVar("Row")
+
+
+def write_csv(rows: Sequence[Any], path: Path) -> None:
+    """Write rows of one dataclass, one at least, with a header; missing values are empty cells."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Record)])
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(rows[0])], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(dataclasses.asdict(record) for record in records)
-    _replace(path, text.getvalue())
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    write_whole(path, text.getvalue())
 
 
-def read_csv(path: Path) -> list[Record]:
+def read_csv(path: Path, kind: type[Row]) -> list[Row]:
     """The rows that `write_csv` wrote, now or before a column was added: what is not there is empty, zero or None."""
-    kinds = typing.get_type_hints(Record)
+    kinds = typing.get_type_hints(kind)
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Record(**{name: _cell(row.get(name) or "", kind) for name, kind in kinds.items()})
-            for row in csv.DictReader(file)
+            kind(**{name: _cell(row.get(name) or "", of) for name, of in kinds.items()}) for row in csv.DictReader(file)
         ]
 
 
@@ -160,23 +162,12 @@ def _cell(text: str, kind: Any) -> Any:
 
 def write_json(records: Sequence[Record], path: Path) -> None:
     """Write the rows as a list of objects."""
-    _replace(path, json.dumps([dataclasses.asdict(record) for record in records], indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """In one step, because a suite rewrites its files after each case and may be interrupted at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(text.encode())
-    part.replace(path)
+    write_whole(path, json.dumps([dataclasses.asdict(record) for record in records], indent=1) + "\n")
 
 
 def device_slug(device: torch.device) -> str:
     """The device's name as a folder: `nvidia-h200`, `intel-xeon-processor-2-threads`."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    suffix = "" if device.type == "cuda" else f" {torch.get_num_threads()} threads"
-    plain = re.sub(r"\((r|tm)\)", " ", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", plain + suffix).strip("-")
+    return slug(device_traits(device.type, device.index).name)
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,7 @@ from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import SEED, CaseInputs
 from lora_kernels.benchmarking.timer import interleave
 from lora_kernels.planning import Backend, Plan, Problem, Way, make_plan, tiles
-from lora_kernels.planning.device import device_traits, triton_available
+from lora_kernels.planning.device import triton_available
 from lora_kernels.planning.measured import Direction, Key, Timing, row_bucket
 from lora_kernels.planning.plan import DIRECTIONS, UNPROVEN, obstacle_to_triton, ways_of
 from lora_kernels.reference import linear as reference
@@ -227,8 +227,3 @@ class _Runner:
             return {"y": y}
         gradients = torch.autograd.grad(y, tuple(leaves.values()), i.dy.to(y.dtype))
         return {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-
-
-def device_name(device: torch.device) -> str:
-    """Under which name the device's times are kept."""
-    return device_traits(device.type, device.index).name

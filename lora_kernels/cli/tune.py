@@ -38,12 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Tunes; 1 where nothing could be kept, 130 where it was interrupted."""
     from lora_kernels import ops
     from lora_kernels.benchmarking.records import Environment
-    from lora_kernels.benchmarking.tuner import DeviceLostError, device_name, questions, tune
+    from lora_kernels.benchmarking.tuner import DeviceLostError, questions, tune
     from lora_kernels.planning import measured
+    from lora_kernels.planning.device import device_traits
 
     device = device_of(arguments.device)
     asked = questions(select_cases(arguments, device))
-    name = device_name(device)
+    name = device_traits(device.type, device.index).name
     print(Environment.current(device).line)
     print(f"{len(asked)} questions, {arguments.budget:g} s; kept in {measured.path_of(name) or 'this process alone'}")
     deadline = time.monotonic() + arguments.budget

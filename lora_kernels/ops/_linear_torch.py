@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_kernels.ops._dropout import Dropper
 
 # Elements of one fp32 block, 4 MiB on a CPU: so large that a call is a few large GEMMs. Blocks of 2^17, which stay in
-# L2, made each step 64 rows and each small GEMM a barrier between threads: 3 to 5 times slower on two busy cores.
+# L2, make each step 64 rows, and each small GEMM is a barrier between threads.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
 # fp32 copy of the weight that "upcast" holds at a time: 32 MiB.
 WEIGHT_BLOCK_ELEMENTS = 1 << 23

@@ -45,6 +45,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
+def slug(device_name: str) -> str:
+    """The name as a file's or folder's: `nvidia-h200`, `intel-xeon-processor-2-threads`."""
+    plain = re.sub(r"\((r|tm)\)", " ", device_name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
 @cache
 def triton_available() -> bool:
     """Whether triton can be imported, found out without importing it."""

@@ -12,8 +12,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
-import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lora_kernels import config
+from lora_kernels.planning.device import slug
 from lora_kernels.planning.tiles import Tile
 
 FORMAT = 2
@@ -98,8 +97,7 @@ def path_of(device_name: str) -> Path | None:
     """The device's file; None where LORA_KERNELS_CACHE switches it off."""
     if config.CACHE is None:
         return None
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return config.CACHE / f"plans-{slug}.json"
+    return config.CACHE / f"plans-{slug(device_name)}.json"
 
 
 @cache
@@ -187,14 +185,18 @@ def _write(path: Path, device_name: str, table: Table) -> None:
         }
         for key, timings in sorted(table.items())
     ]
+    write_whole(path, json.dumps({**_header(device_name), "rows": rows}, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """In one step: a reader, or an interruption at any time, finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({**_header(device_name), "rows": rows}, file, indent=1)
-        os.replace(name, path)
+        part.write_bytes(text.encode())
+        part.replace(path)
     except BaseException:
-        os.unlink(name)
+        part.unlink(missing_ok=True)
         raise
 
 

@@ -21,8 +21,8 @@ KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 LOW_32 = 0xFFFFFFFF
 COLUMNS_PER_COUNTER = 8
 LEVELS = 1 << 16
-# The integers of 2^14 counters stay in a core's L2, and are too few for PyTorch to start threads over: a mask of 1024 x
-# 2048 takes 17 ms of one core at that size and 34 ms in one piece (medians, a Xeon with AVX-512). A GPU must be filled.
+# On a CPU the integers of 2^14 counters stay in a core's L2, and are too few for PyTorch to start threads over
+# (`bench.choices`); a GPU must be filled.
 COUNTERS_AT_A_TIME = {"cpu": 1 << 14, "cuda": 1 << 20}
 
 

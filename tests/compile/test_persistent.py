@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +93,17 @@ def test_registers_move_from_the_loader_to_the_consumers(tile: Tile) -> None:
     # Before and after the partitions Triton's own code runs in the first warpgroup, beside two that wait.
     first, waiting = max(asked), min(asked - {loader})
     assert first + 2 * waiting <= 3 * 168
+
+
+def test_the_page_of_its_design_tells_its_shared_memory() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "design" / "persistent.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| shared memory.*", page, re.MULTILINE)
+    told = [int(n.replace(",", "")) for n in re.findall(r"[\d,]+(?= B)", row)]
+    wide, bias, most, *narrow = told
+    assert most == 232448
+    for tile, figures in ("wide-r64", (wide, bias)), ("narrow", tuple(narrow)):
+        shared = [figures_of("bf16", TILES[tile], variant).shared_bytes for variant in ("forward", "forward-bias")]
+        assert shared == list(figures)
 
 
 def test_a_product_waits_for_nothing_but_its_operands() -> None:

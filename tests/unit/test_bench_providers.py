@@ -15,7 +15,7 @@ from bench.providers.lorafusion import LoRAFusionStyleFunction
 from lora_kernels.benchmarking.cases import MODES, LinearCase, Mode
 from lora_kernels.benchmarking.gate import Gate
 from lora_kernels.benchmarking.providers import CaseInputs, Provider
-from lora_kernels.benchmarking.records import Environment
+from lora_kernels.benchmarking.records import Environment, read_csv, write_csv
 from lora_kernels.benchmarking.runner import run_case
 
 CPU = torch.device("cpu")
@@ -159,7 +159,6 @@ def test_host_time_is_above_the_node_that_does_nothing(tmp_path) -> None:
     by_name = {row.contender: row for row in rows}
     assert by_name["nothing"].over_nothing_us == 0
     assert by_name["lora_linear"].over_nothing_us > 0
-    host.write_csv(rows, tmp_path / "host.csv")
-    assert host.read_csv(tmp_path / "host.csv") == rows
-    assert host.read_csv(tmp_path / "absent.csv") == []
+    write_csv(rows, tmp_path / "host.csv")
+    assert read_csv(tmp_path / "host.csv", host.HostRow) == rows
     assert "lora_linear" in "\n".join(host.lines(rows))

@@ -157,8 +157,8 @@ def test_host_time_is_judged_on_a_gpu(template: Record) -> None:
 
 def test_rows_of_before_are_read(tmp_path: Path, template: Record) -> None:
     write_csv([template], tmp_path / "new.csv")
-    assert read_csv(tmp_path / "new.csv") == [template]
-    (old, *_) = read_csv(report.folders()[0] / "linear.csv")
+    assert read_csv(tmp_path / "new.csv", Record) == [template]
+    (old, *_) = read_csv(report.folders()[0] / "linear.csv", Record)
     assert old.timed
     assert isinstance(old.graph, bool)
 

@@ -128,7 +128,7 @@ def test_a_file_from_another_version_is_ignored_with_one_warning(cache, field):
 def test_a_write_that_fails_leaves_the_old_file(cache, monkeypatch):
     path = measured.record(DEVICE, KEY, TIMINGS)
     before = path.read_bytes()
-    monkeypatch.setattr(measured.json, "dump", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         measured.record(DEVICE, KEY._replace(M=128), TIMINGS)
     assert path.read_bytes() == before

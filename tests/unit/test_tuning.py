@@ -12,6 +12,7 @@ from lora_kernels.benchmarking.timer import Samples
 from lora_kernels.cli import main
 from lora_kernels.ops import _linear_torch
 from lora_kernels.planning import measured
+from lora_kernels.planning.device import device_traits
 
 CPU = torch.device("cpu")
 CASE = LinearCase("x", "y", 40, 24, 32, R=4, dtype="bfloat16", adapter_dtype="bfloat16")
@@ -121,7 +122,7 @@ def test_an_interruption_keeps_what_was_measured(clock, monkeypatch, capsys):
     assert "interrupted" in out
     assert "2 of 4 kept, 2 left out" in out
     measured.forget()
-    assert len(measured.table_of(tuner.device_name(CPU))) == 2
+    assert len(measured.table_of(device_traits(CPU.type, None).name)) == 2
 
 
 def test_what_does_not_fit_is_left_out_and_said(clock, monkeypatch, capsys):
