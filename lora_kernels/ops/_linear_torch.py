@@ -5,7 +5,7 @@
 
 with alpha = scaling / (1 - p). The expand goes first and the base GEMM accumulates on top: y is read and written once
 less than in the eager chain, and is rounded after its large term rather than before. Between equal orders of a product
-the one with the long result rows is taken: dy^T xa takes MKL 1.4 times as long as xa^T dy (`bench.choices`).
+the one with the long result rows is taken: dy^T xa takes MKL 1.3 times as long as xa^T dy (`bench.choices`).
 
 Three cases leave the plain form. With dropout, with fp32 adapters over 16-bit x, and where the plan says "upcast" (a
 CPU without 16-bit matrix instructions), the rank-sized products run over blocks of rows that are converted to fp32
@@ -100,7 +100,7 @@ def forward(
 def _fold_bias(xa: Tensor, lora_B: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """([xa | 1], [lora_B | bias], None) on a CPU: the bias as one more rank. On a GPU, whose GEMMs add it, unchanged.
 
-    A CPU's addmm copies the bias into every row of y first: 1.8 times as long (`bench.choices`).
+    A CPU's addmm copies the bias into every row of y first: twice as long (`bench.choices`).
     """
     if bias is None or xa.device.type != "cpu":
         return xa, lora_B, bias

@@ -21,8 +21,8 @@ KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 LOW_32 = 0xFFFFFFFF
 COLUMNS_PER_COUNTER = 8
 LEVELS = 1 << 16
-# On a CPU the integers of 2^14 counters stay in a core's L2, and are too few for PyTorch to start threads over
-# (`bench.choices`); a GPU must be filled.
+# What bounds the memory: each counter holds several int64 at once, 1 MiB and 64 MiB together. Smaller pieces cost a CPU
+# nothing (`bench.choices`); a GPU must be filled.
 COUNTERS_AT_A_TIME = {"cpu": 1 << 14, "cuda": 1 << 20}
 
 
