@@ -47,14 +47,25 @@ def check_dropout_p(p: object, name: str = "dropout_p") -> None:
         )
 
 
-def check_scaling(scaling: object, name: str = "scaling") -> None:
+def check_scaling(scaling: object) -> None:
+    """A finite number, or a 0-d floating-point tensor, whose value is not looked at: that would wait for the device."""
+    if not isinstance(scaling, Tensor):
+        check_finite("scaling", scaling)
+    elif scaling.dim() or not scaling.is_floating_point():
+        raise ArgumentError(
+            "scaling must be a finite number or a 0-d floating-point tensor; got a tensor of shape "
+            f"{_shape(scaling)} and dtype {_name(scaling.dtype)}."
+        )
+
+
+def check_finite(name: str, scaling: object) -> None:
     """A finite number."""
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not -math.inf < scaling < math.inf:
         raise ArgumentError(f"{name} must be a finite number, usually lora_alpha / r; got {scaling!r}.")
 
 
 def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
-    """x's dtype is computed in; weight and bias share it; adapters share it or are fp32."""
+    """x's dtype is computed in; weight shares it; adapters share it or are fp32; the bias has x's or the adapters'."""
     x = dtypes["x"]
     computed = LAYER_DTYPES if device_type == "cpu" else COMPUTED
     if x not in computed:
@@ -62,13 +73,12 @@ def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
             f"x must be {_names(computed)} on {device_type}; got {_name(x)}. Convert x, or run the layer under "
             "torch.autocast."
         )
-    for argument in ("weight", "bias"):
-        dtype = dtypes.get(argument)
-        if dtype is not None and dtype != x:
-            raise DtypeError(
-                f"{argument} must have x's dtype, {_name(x)}; got {_name(dtype)}. "
-                "Convert one of them, or run the layer under torch.autocast, which converts both."
-            )
+    weight = dtypes.get("weight")
+    if weight is not None and weight != x:
+        raise DtypeError(
+            f"weight must have x's dtype, {_name(x)}; got {_name(weight)}. "
+            "Convert one of them, or run the layer under torch.autocast, which converts both."
+        )
     if dtypes["lora_A"] != dtypes["lora_B"]:
         raise DtypeError(
             f"lora_A and lora_B must share a dtype; got {_name(dtypes['lora_A'])} and {_name(dtypes['lora_B'])}. "
@@ -78,6 +88,12 @@ def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
         raise DtypeError(
             f"lora_A and lora_B must have x's dtype, {_name(x)}, or be float32; got {_name(dtypes['lora_A'])}. "
             "Convert them."
+        )
+    bias = dtypes.get("bias")
+    if bias is not None and bias not in (x, dtypes["lora_A"]):
+        raise DtypeError(
+            f"bias must have x's dtype, {_name(x)}, or the adapters', {_name(dtypes['lora_A'])}; got {_name(bias)}. "
+            "Convert it."
         )
 
 

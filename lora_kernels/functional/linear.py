@@ -41,17 +41,19 @@ class LoRALinearFunction(torch.autograd.Function):
         run: Callable[..., tuple[Tensor, ...]] = (
             _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.linear_backward
         )
-        gradients = run(
+        *gradients, d_bias = run(
             dy, x, weight, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, list(ctx.needs), ctx.backend
         )
+        gradients.append(d_bias.to(ctx.bias_dtype) if ctx.needs.bias else d_bias)
         kept = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
         return (*kept, None, None, None, None)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
     """What the needed gradients read; besides, lora_A and lora_B, whose shapes the backward's own are made of."""
-    x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
+    x, weight, lora_A, lora_B, bias, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
     ctx.set_materialize_grads(False)
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.needs = needs = ops.Needs(*ctx.needs_input_grad[:5])
     ctx.save_for_backward(
         x if needs.lora_A or needs.weight else None,
@@ -118,7 +120,7 @@ def lora_linear(
     lora_B: Tensor,
     bias: Tensor | None = None,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
@@ -132,8 +134,9 @@ def lora_linear(
         weight: [N, K] in x's dtype.
         lora_A: [R, K] in x's dtype or float32; 1 <= R <= 512.
         lora_B: [N, R] in lora_A's dtype.
-        bias: [N] in x's dtype, or None.
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+        bias: [N] in x's dtype or the adapters', or None.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA. As a 0-d tensor it may change without recompiling a
+            compiled graph, is differentiable, and costs a scaled copy of lora_B, rounded to lora_B's dtype.
         dropout_p: probability to drop an element of the LoRA path's input, in [0, 1); applied to the nearest 1/65536.
         dropout_seed: an int or a one-element int64 tensor on x's device: the same seed gives the same mask on every
             backend and device. None draws one from torch's generator for x's device. Under torch.compile pass a tensor,
@@ -143,7 +146,7 @@ def lora_linear(
 
     Returns:
         [*, N] in x's dtype. Under torch.autocast, x, weight and bias are cast as for F.linear; float32 adapters stay
-        so.
+        so, and a float32 bias beside them.
 
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit together.
@@ -198,6 +201,8 @@ def lora_linear(
     _checks.check_servable(backend, x)
     seed = _checks.seed_tensor(dropout_seed, x.device) if dropout_p > 0 else None
 
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * scaling, 1.0
     scaling, dropout_p = float(scaling), float(dropout_p)
     if backend == "reference":
         with _without_autocast(device_type):
@@ -227,7 +232,10 @@ def _autocast(
     def cast_adapter(t: Tensor) -> Tensor:
         return t if t.dtype == torch.float32 else cast(t)
 
-    return cast(x), cast(weight), cast_adapter(lora_A), cast_adapter(lora_B), None if bias is None else cast(bias)
+    lora_A, lora_B = cast_adapter(lora_A), cast_adapter(lora_B)
+    if bias is not None and bias.dtype != lora_A.dtype:
+        bias = cast(bias)
+    return cast(x), cast(weight), lora_A, lora_B, bias
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -146,7 +146,7 @@ class LoRALinear(nn.Linear):
         self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init: InitLoRAWeights, backend: str
     ) -> None:
         _checks.check_rank("r", r)
-        _checks.check_scaling(lora_alpha, "lora_alpha")
+        _checks.check_finite("lora_alpha", lora_alpha)
         _checks.check_dropout_p(lora_dropout, "lora_dropout")
         _checks.check_backend(backend)
         if init not in (True, False, "gaussian"):

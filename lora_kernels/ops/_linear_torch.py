@@ -170,7 +170,8 @@ def backward(
         dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
     upcast = plan.backward_way.strategy == "upcast"
     wide = upcast or lora_A.dtype != dy.dtype
-    dyb, d_lora_B = (_blockwise_lora_b if wide else _lora_b)(dy, lora_B if needs.x or needs.lora_A else None, xa, alpha)
+    of_dy = _blockwise_lora_b if wide else _lora_b
+    dyb, d_lora_B, d_bias = of_dy(dy, lora_B if needs.x or needs.lora_A else None, xa, needs.bias, alpha)
     if wide or seed is not None:
         d_lora_A = _blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, dx)
     else:
@@ -187,24 +188,30 @@ def backward(
     if needs.weight:
         assert x is not None
         d_weight = torch.mm(dy.T, x)
-    return dx, d_weight, d_lora_A, d_lora_B, dy.sum(0) if needs.bias else None
+    if d_bias is not None:
+        d_bias = d_bias.to(torch.promote_types(dy.dtype, lora_A.dtype))
+    return dx, d_weight, d_lora_A, d_lora_B, d_bias
 
 
-def _lora_b(dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float) -> tuple[Tensor | None, Tensor | None]:
-    """(dyb, dB) of one dtype; each None where its operand is."""
+def _lora_b(
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, needs_bias: bool, alpha: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dyb, dB, db) of one dtype; the first two None where their operand is."""
     dyb = None
     if lora_B is not None:
         dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
         _scaled_mm(dy, lora_B, alpha, dyb)
-    return dyb, None if xa is None else torch.mm(xa.T, dy).T.contiguous()
+    d_lora_B = None if xa is None else torch.mm(xa.T, dy).T.contiguous()
+    return dyb, d_lora_B, dy.sum(0) if needs_bias else None
 
 
 def _blockwise_lora_b(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dyb, dB) from one pass over blocks of dy, in fp32; each None where its operand is."""
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, needs_bias: bool, alpha: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dyb, dB, db) from one pass over blocks of dy, in fp32; the first two None where their operand is."""
     compute = _compute_dtype(dy)
     dyb = d_lora_B = wide_B = None
+    d_bias = torch.zeros(dy.shape[1], dtype=compute, device=dy.device) if needs_bias else None
     if lora_B is not None:
         dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
         wide_B = lora_B.to(compute)
@@ -217,7 +224,10 @@ def _blockwise_lora_b(
             _scaled_mm(block, wide_B, alpha, dyb[rows])
         if d_lora_B is not None and xa is not None:
             d_lora_B.addmm_(xa[rows].to(compute).T, block)
-    return dyb, None if d_lora_B is None or xa is None else d_lora_B.T.to(xa.dtype).contiguous()
+        if d_bias is not None:
+            d_bias += block.sum(0)
+    d_lora_B = None if d_lora_B is None or xa is None else d_lora_B.T.to(xa.dtype).contiguous()
+    return dyb, d_lora_B, d_bias
 
 
 def _blockwise_lora_a(

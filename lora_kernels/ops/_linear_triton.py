@@ -80,6 +80,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there; M >= 1."""
     threshold, scale = _dropout(seed, scaling, dropout_p)
+    bias_dtype = torch.promote_types(dy.dtype, lora_A.dtype)
     strategy = plan.backward_way.strategy
     needs_dyb = needs.x or needs.lora_A
     one_read = needs_dyb and plan.dy_reads == 1
@@ -88,7 +89,7 @@ def backward(
     with _launch_scope(dy):
         if one_read or needs.lora_B:
             from_dy = bwd_lora_b(
-                dy=dy, lora_B=lora_B, xa=xa if needs.lora_B else None, bias_dtype=dy.dtype if needs.bias else None,
+                dy=dy, lora_B=lora_B, xa=xa if needs.lora_B else None, bias_dtype=bias_dtype if needs.bias else None,
                 needs_dyb=one_read, scale=scale, splits=plan.d_lora_B_splits,
                 precision=plan.precision, tile=plan.tile("bwd_lora_b"),
             )  # fmt: skip
@@ -123,7 +124,7 @@ def backward(
     if needs.weight:
         assert x is not None
         d_weight = torch.mm(dy.T, x)
-    d_bias = dy.sum(0) if needs.bias and from_dy.d_bias is None else from_dy.d_bias
+    d_bias = dy.sum(0, dtype=bias_dtype) if needs.bias and from_dy.d_bias is None else from_dy.d_bias
     return dx, d_weight, d_lora_A, from_dy.d_lora_B, d_bias
 
 

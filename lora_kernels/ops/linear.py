@@ -2,7 +2,8 @@
 
 They take inputs that the caller has validated: x [*, K], dy and y [*, N], xa [*, R]. The implementation flattens them
 to [M, ...] and makes the plan from the real sizes, so a compiled graph with a dynamic M does not specialise on it.
-Gradients that are not needed come back as empty tensors: a schema has no optional returns.
+Gradients that are not needed come back as empty tensors: a schema has no optional returns. The bias's comes in the
+wider of the two dtypes that a bias may have, dy's and the adapters'.
 """
 
 from __future__ import annotations
@@ -243,8 +244,10 @@ def _backward(
             dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
         )
     gradients = (None if dx is None else _shaped(dx, leading), *others)
-    like = (dy, dy, lora_A, lora_B, dy)
-    return tuple(t.new_empty(0) if found is None else found for found, t in zip(gradients, like, strict=True))
+    dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, torch.promote_types(dy.dtype, lora_A.dtype))
+    return tuple(
+        dy.new_empty(0, dtype=dtype) if found is None else found for found, dtype in zip(gradients, dtypes, strict=True)
+    )
 
 
 @torch.library.register_fake("lora_kernels::linear_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -268,7 +271,7 @@ def _fake_backward(
         dy.new_empty((n, k) if asked.weight else 0),
         lora_A.new_empty(lora_A.shape if asked.lora_A else 0),
         lora_B.new_empty(lora_B.shape if asked.lora_B else 0),
-        dy.new_empty(n if asked.bias else 0),
+        dy.new_empty(n if asked.bias else 0, dtype=torch.promote_types(dy.dtype, lora_A.dtype)),
     )
 
 

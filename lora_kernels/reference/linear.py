@@ -48,7 +48,8 @@ def lora_linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y [M, N] for x [M, K]: five separate steps, each differentiable, rounding after each as eager PyTorch does."""
-    base = F.linear(x, weight, bias)
+    # A bias in another dtype is an adapter's, fp32 over a 16-bit base.
+    base = F.linear(x, weight, bias) if bias is None or bias.dtype == x.dtype else F.linear(x, weight) + bias
     xa = F.linear(drop(x.to(lora_A.dtype), dropout_p, seed), lora_A)
     return (base + scaling * F.linear(xa, lora_B)).to(x.dtype)
 

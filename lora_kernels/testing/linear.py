@@ -47,6 +47,7 @@ def make_linear_inputs(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype | None = None,
     bias: bool = True,
+    bias_dtype: torch.dtype | None = None,
     scaling: float = 2.0,
     dropout_p: float = 0.0,
     device: torch.device | str = "cpu",
@@ -67,7 +68,7 @@ def make_linear_inputs(
         weight=normal(n, k, std=k**-0.5, to=dtype),
         lora_A=normal(r, k, std=k**-0.5, to=adapter_dtype),
         lora_B=normal(n, r, std=r**-0.5, to=adapter_dtype),
-        bias=normal(n, std=1.0, to=dtype) if bias else None,
+        bias=normal(n, std=1.0, to=bias_dtype or dtype) if bias else None,
         dy=normal(m, n, std=1.0, to=dtype),
         scaling=scaling,
         dropout_p=dropout_p,
@@ -124,5 +125,9 @@ def run_linear_plan(inputs: LinearInputs, plan: Plan) -> dict[str, Tensor]:
     needs = ops.Needs(x=True, weight=True, lora_A=True, lora_B=True, bias=i.bias is not None)
     backward = ops.linear_implementation(plan.backward_way.backend).backward
     gradients = backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, i.scaling, p, needs, plan)
-    found = {f"d_{name}": gradient for name, gradient in zip(ALL_PARAMETERS, gradients, strict=True)}
-    return {"y": y} | {name: gradient for name, gradient in found.items() if gradient is not None}
+    found = {
+        f"d_{name}": gradient.to(getattr(i, name).dtype)  # the bias's comes in the wider dtype it may have
+        for name, gradient in zip(ALL_PARAMETERS, gradients, strict=True)
+        if gradient is not None
+    }
+    return {"y": y} | found

@@ -43,7 +43,8 @@ PARTIALS = {
     "bwd_dx_lora_a": ("d_a_ptr",),
     "bwd_lora_b": ("dyb_ptr", "d_b_ptr", "d_bias_ptr"),
 }
-OF_ADAPTERS = {"a_ptr", "b_ptr", "s_ptr", "e_ptr", "xa_ptr", "dyb_ptr"}
+# A bias may have either dtype: the wider is compiled.
+OF_ADAPTERS = {"a_ptr", "b_ptr", "s_ptr", "e_ptr", "xa_ptr", "dyb_ptr", "bias_ptr"}
 
 
 class Variant(NamedTuple):

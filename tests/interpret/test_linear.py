@@ -61,7 +61,11 @@ def run_under(plan: Plan | None, inputs: LinearInputs, needs: Needs = EVERYTHING
     with repaired(check_overflow=check_overflow):
         y, xa = _linear_triton.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
         gradients = _linear_triton.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
-    named = {f"d_{name}": g for name, g in zip(PARAMETERS, gradients, strict=True) if g is not None}
+    named = {
+        f"d_{name}": g.to(getattr(i, name).dtype)  # the bias's comes in the wider dtype it may have
+        for name, g in zip(PARAMETERS, gradients, strict=True)
+        if g is not None
+    }
     return {"y": y, **named}
 
 
@@ -97,6 +101,14 @@ def test_budget(strategy, dtype, size, p):
     # A row of 51 elements has no descriptor: that plan falls back to pointers by itself.
     problem = inputs_of(SIZES[strategy] if size == "tiles" else (37, 51, 45), dtype, 16, dropout_p=p)
     assert_within_budget(problem, partial(run_under, None, strategy=strategy, check_overflow=size == "primes"))
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), [case for case in SERVED if case[1].endswith("mixed")])
+def test_budget_with_a_bias_in_fp32(strategy, dtype):
+    problem = inputs_of(SIZES[strategy], dtype, 16, bias_dtype=torch.float32)
+    found = run_under(None, problem, strategy=strategy)
+    assert found["d_bias"].dtype == torch.float32
+    assert_within_budget(problem, lambda _: found)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ from torch.nn import functional as F
 from lora_kernels import UnsupportedError, lora_linear
 from lora_kernels.ops import Needs, _linear_torch
 from lora_kernels.planning import Plan
-from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear
+from lora_kernels.testing import (
+    LinearInputs,
+    make_linear_inputs,
+    poisoned_allocation,
+    relative_error,
+    run_linear,
+)
 from tests.linear_cases import (
     DTYPES,
     LAYOUTS,
@@ -24,6 +30,7 @@ from tests.linear_cases import (
     assert_within_budget,
     laid_out,
     pooled,
+    truth_of,
     with_layouts,
 )
 
@@ -49,7 +56,11 @@ def run_under(plan: Plan, inputs: LinearInputs, needs=Needs(*[True] * 5)):  # no
     y, xa = _linear_torch.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
     needs = needs._replace(bias=needs.bias and i.bias is not None)
     gradients = _linear_torch.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
-    named = {f"d_{name}": g for name, g in zip(PARAMETERS, gradients, strict=True) if g is not None}
+    named = {
+        f"d_{name}": g.to(getattr(i, name).dtype)  # the bias's comes in the wider dtype it may have
+        for name, g in zip(PARAMETERS, gradients, strict=True)
+        if g is not None
+    }
     return {"y": y, **named}
 
 
@@ -68,6 +79,48 @@ def test_budget_over_sizes(dtype, size, bias, p):
 def test_budget_under_both_plans(dtype, size, p, strategy):
     # This machine's CPU gets one of the two for each dtype; other CPUs get the other.
     assert_within_budget(problems(size, dtype, dropout_p=p), partial(run_under, PLANS[strategy]))
+
+
+@pytest.mark.parametrize(
+    "run", [on_torch, *(partial(run_under, plan) for plan in PLANS.values())], ids=["auto", *PLANS]
+)
+@pytest.mark.parametrize("size", SIZES[:4], ids=str)
+@pytest.mark.parametrize("dtype", ["fp16-mixed", "bf16-mixed"])
+def test_budget_with_a_bias_in_fp32(dtype, size, run):
+    assert_within_budget(problems(size, dtype, bias_dtype=torch.float32), run)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_bias_in_fp32_and_its_gradient_stay_there(backend):
+    inputs = make_linear_inputs(
+        300, 40, 24, 8, dtype=torch.bfloat16, adapter_dtype=torch.float32, bias_dtype=torch.float32
+    )
+    found = run_linear(inputs, backend)
+    assert found["y"].dtype == torch.bfloat16
+    assert found["d_bias"].dtype == torch.float32
+    # To fp32's precision, which no gradient has that was once rounded to 16 bits.
+    assert relative_error(found["d_bias"], truth_of(inputs)["d_bias"]) < 1e-6
+    half = run_linear(replace(inputs, bias=inputs.bias.bfloat16()), backend)
+    assert half["d_bias"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaling_as_a_tensor_is_the_number_and_gets_a_gradient(dtype, backend):
+    x, adapters = DTYPES[dtype]
+    i = make_linear_inputs(37, 51, 45, 8, dtype=x, adapter_dtype=adapters, dropout_p=0.25)
+    as_tensor = replace(i, scaling=torch.tensor(1.3, dtype=torch.float64))
+    runs = [run_linear(replace(i, scaling=1.3), backend), run_linear(as_tensor, backend)]
+    truth = truth_of(replace(i, scaling=1.3))
+    # The product with lora_B is one more rounding to its dtype, which y, dx, dA and dB each see once.
+    for name in runs[0]:
+        limit = 2 * relative_error(runs[0][name], truth[name]) + torch.finfo(adapters).eps
+        assert relative_error(runs[1][name], truth[name]) <= limit, name
+
+    scaling = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    lora_linear(i.x, i.weight, i.lora_A, i.lora_B, scaling=scaling, backend=backend).float().mul(i.dy).sum().backward()
+    term = i.x.double() @ i.lora_A.double().T @ i.lora_B.double().T
+    torch.testing.assert_close(scaling.grad, (term * i.dy.double()).sum(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("r", RANKS)

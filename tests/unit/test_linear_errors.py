@@ -170,14 +170,19 @@ def test_fp8_is_refused_wherever_it_stands(dtype, backend):
             lora_linear(**arguments(**{name: value}), backend=backend)
 
 
-def test_weight_and_bias_have_xs_dtype():
-    for name in ("weight", "bias"):
-        refused(
-            DtypeError,
-            f"{name} must have x's dtype, float32; got bfloat16. Convert one of them, or run the layer under "
-            "torch.autocast, which converts both.",
-            **{name: arguments()[name].bfloat16()},
-        )
+def test_weight_has_xs_dtype_and_bias_that_or_the_adapters():
+    refused(
+        DtypeError,
+        "weight must have x's dtype, float32; got bfloat16. Convert one of them, or run the layer under "
+        "torch.autocast, which converts both.",
+        weight=t(N, K, dtype=torch.bfloat16),
+    )
+    half = {name: value.half() for name, value in arguments().items()}
+    for adapter_dtype, other in (torch.float16, torch.float32), (torch.float32, torch.bfloat16):
+        adapters = {name: half[name].to(adapter_dtype) for name in ("lora_A", "lora_B")}
+        told = f"bias must have x's dtype, float16, or the adapters', {str(adapter_dtype)[6:]}; got {str(other)[6:]}"
+        with pytest.raises(DtypeError, match=f"^{told}. Convert it.$"):
+            lora_linear(**{**half, **adapters, "bias": t(N, dtype=other)})
 
 
 def test_adapters_share_a_dtype_that_is_xs_or_fp32():
@@ -246,6 +251,16 @@ def test_scaling(scaling):
     refused(
         ArgumentError,
         f"scaling must be a finite number, usually lora_alpha / r; got {scaling!r}.",
+        scaling=scaling,
+    )
+
+
+@pytest.mark.parametrize("scaling", [torch.ones(1), torch.tensor(2), torch.ones(2, 2)], ids=["1-d", "int", "2-d"])
+def test_scaling_as_a_tensor(scaling):
+    refused(
+        ArgumentError,
+        "scaling must be a finite number or a 0-d floating-point tensor; got a tensor of shape "
+        f"{list(scaling.shape)} and dtype {str(scaling.dtype)[6:]}.",
         scaling=scaling,
     )
 
