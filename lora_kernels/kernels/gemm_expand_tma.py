@@ -61,6 +61,8 @@ def gemm_expand_tma_kernel(
         gdc_wait()
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:  # before the expand: after it, a bias in fp32 spills 8 B a thread on sm_100 (tests/compile)
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     acc = expand_into(
         acc, s_ptr, e_ptr, seed, threshold,
@@ -68,8 +70,6 @@ def gemm_expand_tma_kernel(
         stride_s_m, stride_e_r, stride_e_n,
         HAS_DROPOUT, s_ptr.dtype.element_ty != out_desc.dtype, PRECISION, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
 
 
