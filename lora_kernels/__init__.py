@@ -12,7 +12,11 @@ from lora_kernels.errors import (
     ShapeError as ShapeError,
     UnsupportedError as UnsupportedError,
 )
-from lora_kernels.functional import explain_plan as explain_plan, lora_linear as lora_linear
+from lora_kernels.functional import (
+    explain_plan as explain_plan,
+    lora_branch as lora_branch,
+    lora_linear as lora_linear,
+)
 from lora_kernels.nn import LoRALinear as LoRALinear
 from lora_kernels.planning import Plan as Plan
 

@@ -1,4 +1,4 @@
-"""What the tests of the LoRA linear share: dtypes, awkward layouts, and the error budget as an assertion."""
+"""What the tests of the operations share: dtypes, awkward layouts, and the error budget as an assertion."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lora_kernels.planning import Plan, Problem, Way
 from lora_kernels.planning.plan import ways_of
-from lora_kernels.testing import LinearInputs, budget_rows, run_linear
+from lora_kernels.testing import BranchInputs, LinearInputs, budget_rows, run_branch, run_linear
+
+Inputs = LinearInputs | BranchInputs
 
 PARAMETERS = ("x", "weight", "lora_A", "lora_B", "bias")
 SUBSETS = list(chain.from_iterable(combinations(PARAMETERS, size) for size in range(len(PARAMETERS) + 1)))
@@ -41,12 +43,12 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return t.contiguous()
 
 
-def with_layouts(inputs: LinearInputs, **layouts: str) -> LinearInputs:
+def with_layouts(inputs: Inputs, **layouts: str) -> Inputs:
     """inputs with some tensors laid out anew, by name."""
     return replace(inputs, **{name: laid_out(getattr(inputs, name), layout) for name, layout in layouts.items()})
 
 
-def pooled(make: Callable[..., LinearInputs], m: int, n: int, k: int, r: int, **options) -> list[LinearInputs]:
+def pooled(make: Callable[..., Inputs], m: int, n: int, k: int, r: int, **options) -> list[Inputs]:
     """As many problems of a size, with seeds of their own, as make 100 independent roundings in every tensor.
 
     The norm of 100 errors varies by 7%. y and the gradients inherit the roundings of xa and dyb, [M, R]; dropout thins
@@ -57,25 +59,23 @@ def pooled(make: Callable[..., LinearInputs], m: int, n: int, k: int, r: int, **
     return [make(m, n, k, r, seed=seed, **options) for seed in range(min(count, 50))]
 
 
-def truth_of(inputs: LinearInputs) -> dict[str, Tensor]:
-    """y and every gradient in fp64, on the CPU."""
-    return run_linear(inputs.double(), "reference")
+def eager_of(inputs: Inputs) -> dict[str, Tensor]:
+    """y and every gradient by plain PyTorch in the inputs' own dtypes."""
+    return (run_linear if isinstance(inputs, LinearInputs) else run_branch)(inputs, "reference")
 
 
-def eager_of(inputs: LinearInputs) -> dict[str, Tensor]:
-    """The same by plain PyTorch in the inputs' own dtypes."""
-    return run_linear(inputs, "reference")
+def truth_of(inputs: Inputs) -> dict[str, Tensor]:
+    """The same in fp64, on the CPU."""
+    return eager_of(inputs.double())
 
 
-def assert_within_budget(
-    problems: LinearInputs | Iterable[LinearInputs], run: Callable[[LinearInputs], dict[str, Tensor]]
-) -> None:
+def assert_within_budget(problems: Inputs | Iterable[Inputs], run: Callable[[Inputs], dict[str, Tensor]]) -> None:
     """Every tensor that `run` returns has at most twice eager's error against fp64.
 
     The budget compares norms of errors. Over a handful of elements eager's norm is a matter of luck, so tiny problems
     come as several (`pooled`), whose elements make one tensor for each name.
     """
-    problems = [problems] if isinstance(problems, LinearInputs) else list(problems)
+    problems = [problems] if isinstance(problems, Inputs) else list(problems)
     if problems[0].x.dtype == torch.float64:
         for problem in problems:
             _assert_fp64_rounding(run(problem), problem)
@@ -89,15 +89,15 @@ def assert_within_budget(
     assert not failed, "\n".join(f"{r.name}: {r.error:.2e} > {r.limit:.2e} (eager {r.eager_error:.2e})" for r in failed)
 
 
-def _assert_fp64_rounding(actual: dict[str, Tensor], inputs: LinearInputs) -> None:
+def _assert_fp64_rounding(actual: dict[str, Tensor], inputs: Inputs) -> None:
     """fp64 has no better truth to be held against, so it is held to the textbook bound, element by element.
 
     A chain of sums with n roundings errs by at most n u times the same chain over absolute values; two such chains
     differ by at most twice that (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1).
     """
-    (n, k), r = inputs.weight.shape, inputs.lora_A.shape[0]
+    n, (r, k) = inputs.lora_B.shape[0], inputs.lora_A.shape
     roundings = inputs.x.numel() // k + n + k + r + 8
-    tensors = {name: t.abs() for name in (*PARAMETERS, "dy") if (t := getattr(inputs, name)) is not None}
+    tensors = {name: t.abs() for name, t in vars(inputs).items() if isinstance(t, Tensor)}
     majorant = eager_of(replace(inputs, **tensors, scaling=abs(inputs.scaling)))
     expected = eager_of(inputs)
     for name, value in actual.items():

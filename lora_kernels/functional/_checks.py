@@ -65,13 +65,17 @@ def check_finite(name: str, scaling: object) -> None:
 
 
 def check_dtypes(device_type: str, **dtypes: torch.dtype | None) -> None:
-    """x's dtype is computed in; weight shares it; adapters share it or are fp32; the bias has x's or the adapters'."""
+    """x's dtype is computed in, and base_out's; weight has x's; adapters have it or are fp32; the bias has either's."""
     x = dtypes["x"]
     computed = LAYER_DTYPES if device_type == "cpu" else COMPUTED
     if x not in computed:
         raise DtypeError(
             f"x must be {_names(computed)} on {device_type}; got {_name(x)}. Convert x, or run the layer under "
             "torch.autocast."
+        )
+    if dtypes.get("base_out", x) not in computed:
+        raise DtypeError(
+            f"base_out must be {_names(computed)} on {device_type}; got {_name(dtypes['base_out'])}. Convert base_out."
         )
     weight = dtypes.get("weight")
     if weight is not None and weight != x:
@@ -102,6 +106,27 @@ def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
     named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         named["bias"] = bias
+    _check_tensors(named, x)
+    if x.dim() >= 1 and weight.dim() == lora_A.dim() == lora_B.dim() == 2:
+        k, (n, weight_k), (r, a_k) = x.shape[-1], weight.shape, lora_A.shape
+        bias_fits = bias is None or bias.shape == (n,)
+        if k == weight_k == a_k and lora_B.shape == (n, r) and bias_fits and k >= 1 and n >= 1 and 1 <= r <= MAX_RANK:
+            return
+    _refuse_shapes(x, weight, lora_A, lora_B, bias)
+
+
+def check_branch(base_out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """As `check_linear`, for an operation whose base is an output."""
+    _check_tensors({"base_out": base_out, "x": x, "lora_A": lora_A, "lora_B": lora_B}, x)
+    if x.dim() >= 1 and lora_A.dim() == lora_B.dim() == 2:
+        k, (r, a_k), (n, b_r) = x.shape[-1], lora_A.shape, lora_B.shape
+        fit = k == a_k and r == b_r and base_out.shape == (*x.shape[:-1], n)
+        if fit and k >= 1 and n >= 1 and 1 <= r <= MAX_RANK:
+            return
+    _refuse_branch_shapes(base_out, x, lora_A, lora_B)
+
+
+def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(
@@ -122,12 +147,6 @@ def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
                 f"{name} must be on x's device, {x.device}; got {tensor.device}. "
                 f"Move it with {name}.to({str(x.device)!r})."
             )
-    if x.dim() >= 1 and weight.dim() == lora_A.dim() == lora_B.dim() == 2:
-        k, (n, weight_k), (r, a_k) = x.shape[-1], weight.shape, lora_A.shape
-        bias_fits = bias is None or bias.shape == (n,)
-        if k == weight_k == a_k and lora_B.shape == (n, r) and bias_fits and k >= 1 and n >= 1 and 1 <= r <= MAX_RANK:
-            return
-    _refuse_shapes(x, weight, lora_A, lora_B, bias)
 
 
 def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> NoReturn:
@@ -169,8 +188,34 @@ def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bi
     )
 
 
-def check_servable(backend: str, x: Tensor) -> None:
-    """An explicit triton backend can serve x's device and dtype; only "auto" may fall back."""
+def _refuse_branch_shapes(base_out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> NoReturn:
+    if x.dim() == 0:
+        raise ShapeError("x must be [*, K]; got a 0-d tensor. Pass at least one dimension, the features.")
+    for name, tensor, dims in (("lora_A", lora_A, "[R, K]"), ("lora_B", lora_B, "[N, R]")):
+        if tensor.dim() != 2:
+            raise ShapeError(f"{name} must be {dims}, two-dimensional; got {_shape(tensor)}. Reshape it.")
+    (r, k), n = lora_A.shape, lora_B.shape[0]
+    if x.shape[-1] != k:
+        hint = "Did you pass lora_A.T?" if x.shape[-1] == r else "Check the layer that the adapter was made for."
+        raise ShapeError(f"x must be [*, K] = [*, {k}] to match lora_A {_shape(lora_A)}; got {_shape(x)}. {hint}")
+    if k < 1 or not 1 <= r <= MAX_RANK:
+        hint = "Use a smaller rank, or merge the adapter." if r > MAX_RANK else "There is nothing to compute."
+        raise ShapeError(f"lora_A must be [R, K] with 1 <= R <= {MAX_RANK} and K >= 1; got {_shape(lora_A)}. {hint}")
+    if lora_B.shape[1] != r:
+        hint = "Did you pass lora_B.T?" if n == r else "Check that lora_A and lora_B belong together."
+        raise ShapeError(
+            f"lora_B must be [N, R] = [N, {r}] to match lora_A {_shape(lora_A)}; got {_shape(lora_B)}. {hint}"
+        )
+    if n < 1:
+        raise ShapeError(f"lora_B must be [N, R] with N >= 1; got {_shape(lora_B)}. There is nothing to compute.")
+    raise ShapeError(
+        f"base_out must be [*, N] = {[*x.shape[:-1], n]} to match x {_shape(x)} and lora_B {_shape(lora_B)}; "
+        f"got {_shape(base_out)}. Pass what the base layer returned for this x."
+    )
+
+
+def check_servable(backend: str, x: Tensor, base_out: Tensor | None = None) -> None:
+    """An explicit triton backend can serve x's device and every dtype; only "auto" may fall back."""
     # While compiling, the op's own plan is left to say so: device look-ups are nothing for Dynamo to trace.
     if backend != "triton" or torch.compiler.is_compiling():
         return
@@ -178,11 +223,14 @@ def check_servable(backend: str, x: Tensor) -> None:
     from lora_kernels.planning.plan import obstacle_to_triton
 
     arch = device_traits(x.device.type, x.device.index).arch
-    obstacle = obstacle_to_triton(
-        x.dtype, arch, x.device.type, interpreted=INTERPRETED, triton_available=triton_available()
-    )
-    if obstacle:
-        raise UnsupportedError(f"backend='triton' cannot serve this call: {obstacle}. Use backend='auto' to fall back.")
+    for t in (x, base_out):
+        obstacle = t is not None and obstacle_to_triton(
+            t.dtype, arch, x.device.type, interpreted=INTERPRETED, triton_available=triton_available()
+        )
+        if obstacle:
+            raise UnsupportedError(
+                f"backend='triton' cannot serve this call: {obstacle}. Use backend='auto' to fall back."
+            )
 
 
 def check_seed(dropout_seed: Any, device: torch.device) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels import config, ops
-from lora_kernels.errors import UnsupportedError
 from lora_kernels.functional import _checks
+from lora_kernels.functional._nodes import apply, cast_adapter, cast_input, first_order_only, without_autocast
 from lora_kernels.reference import linear as reference
 
 
@@ -36,8 +35,6 @@ class LoRALinearFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 9
         x, weight, lora_A, lora_B, xa, seed = ctx.saved_tensors
-        # With create_graph the gradients are handed out through a node of their own, which refuses to be
-        # differentiated: calling the op directly would return gradients that are silently constant.
         run: Callable[..., tuple[Tensor, ...]] = (
             _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.linear_backward
         )
@@ -66,11 +63,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
 
 
 class _TransformableFunction(torch.autograd.Function):
-    """The same node for torch.func, which wants setup_context.
-
-    Not for every call: PyTorch then inspects the signature each time, and a node takes 2.5 times as long to make
-    (`bench.choices`).
-    """
+    """The same node for torch.func, which wants setup_context."""
 
     generate_vmap_rule = True
 
@@ -92,25 +85,7 @@ class _TransformableFunction(torch.autograd.Function):
         return LoRALinearFunction.backward(ctx, dy)
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """The backward as a node whose own backward is an error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.linear_backward(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is saved: there is no second derivative to compute."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        raise UnsupportedError(
-            "lora_linear is differentiable once; a second derivative (create_graph=True and another backward) was "
-            "asked of it. Use backend='reference', which is plain differentiable PyTorch."
-        )
+_FirstOrderOnly = first_order_only("lora_linear", ops.linear_backward)
 
 
 def lora_linear(
@@ -185,9 +160,12 @@ def lora_linear(
     _checks.check_seed(dropout_seed, x.device)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
-        x, weight, lora_A, lora_B, bias = _autocast(
-            torch.get_autocast_dtype(device_type), x, weight, lora_A, lora_B, bias
-        )
+        # The casts F.linear makes; float32 adapters stay as they are, and a float32 bias beside them.
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = cast_input(x, dtype), cast_input(weight, dtype)
+        lora_A, lora_B = cast_adapter(lora_A, dtype), cast_adapter(lora_B, dtype)
+        if bias is not None and bias.dtype != lora_A.dtype:
+            bias = cast_input(bias, dtype)
     _checks.check_dtypes(
         device_type,
         x=x.dtype,
@@ -205,40 +183,11 @@ def lora_linear(
         lora_B, scaling = lora_B * scaling, 1.0
     scaling, dropout_p = float(scaling), float(dropout_p)
     if backend == "reference":
-        with _without_autocast(device_type):
+        with without_autocast(device_type):
             y = reference.lora_linear(
                 x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, bias,
                 scaling=scaling, dropout_p=dropout_p, seed=seed,
             )  # fmt: skip
         return y.view(*x.shape[:-1], weight.shape[0])
     inputs = (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
-    if torch._C._are_functorch_transforms_active():
-        transformed: Callable[..., tuple[Tensor, Tensor]] = _TransformableFunction.apply
-        return transformed(*inputs)[0]
-    if not torch.is_grad_enabled():
-        return ops.linear_forward(*inputs)[0]  # type: ignore[no-any-return]
-    apply: Callable[..., Tensor] = LoRALinearFunction.apply
-    return apply(*inputs)
-
-
-def _autocast(
-    dtype: torch.dtype, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The casts F.linear makes under autocast, which leaves float64 alone; float32 adapters stay as they are."""
-
-    def cast(t: Tensor) -> Tensor:
-        return t if t.dtype == torch.float64 else t.to(dtype)
-
-    def cast_adapter(t: Tensor) -> Tensor:
-        return t if t.dtype == torch.float32 else cast(t)
-
-    lora_A, lora_B = cast_adapter(lora_A), cast_adapter(lora_B)
-    if bias is not None and bias.dtype != lora_A.dtype:
-        bias = cast(bias)
-    return cast(x), cast(weight), lora_A, lora_B, bias
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return apply(LoRALinearFunction, _TransformableFunction, ops.linear_forward, inputs)

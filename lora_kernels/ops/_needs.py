@@ -13,3 +13,11 @@ class Needs(NamedTuple):
     lora_A: bool
     lora_B: bool
     bias: bool
+
+
+class BranchNeeds(NamedTuple):
+    """The same for `lora_branch`, less base_out: its gradient is dy itself."""
+
+    x: bool
+    lora_A: bool
+    lora_B: bool

@@ -8,8 +8,6 @@ wider of the two dtypes that a bias may have, dy's and the adapters'.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Protocol
 
@@ -20,16 +18,16 @@ from lora_kernels import config
 from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import _linear_torch
 from lora_kernels.ops._needs import Needs
+from lora_kernels.ops._registry import LIBRARY, flat, multiplies_in_tf32, plain, shaped
 from lora_kernels.planning import Backend, Plan, Problem, make_plan
 from lora_kernels.planning.device import device_traits, gluon_available, triton_available
 from lora_kernels.planning.measured import row_bucket, table_of
 
-_LIBRARY = torch.library.Library("lora_kernels", "DEF")
-_LIBRARY.define(
+LIBRARY.define(
     "linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, "
     "float dropout_p, str backend) -> (Tensor, Tensor)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? xa, Tensor? seed, "
     "float scaling, float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -54,19 +52,15 @@ def problem_of(
         arch=traits.arch,
         device_type=device.type,
         sm_count=traits.sm_count,
-        tf32=_multiplies_in_tf32(device) if tf32 is None else tf32,
+        tf32=multiplies_in_tf32(device) if tf32 is None else tf32,
         interpreted=config.INTERPRETED,
         gluon=gluon_available() and not config.INTERPRETED,
     )  # fmt: skip
 
 
-def _multiplies_in_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def _plan(t: Tensor, n: int, lora_A: Tensor, seed: Tensor | None, backend: str) -> Plan:
     r, k = lora_A.shape
-    m, device, tf32 = row_bucket(t.shape[0]), t.device, _multiplies_in_tf32(t.device)
+    m, device, tf32 = row_bucket(t.shape[0]), t.device, multiplies_in_tf32(t.device)
     return _plan_for(backend, m, n, k, r, t.dtype, lora_A.dtype, seed is not None, device, tf32)
 
 
@@ -146,39 +140,7 @@ def linear_implementation(backend: Backend) -> LinearImplementation:
     raise UnsupportedError(f"the registered op serves 'torch' and 'triton'; got {backend!r}. Call lora_linear instead.")
 
 
-def _flat(t: Tensor) -> Tensor:
-    """[M, columns], and a copy only where the leading dims have no common stride."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
-def _shaped(t: Tensor, leading: torch.Size) -> Tensor:
-    """[M, columns] with the leading dims that were flattened away.
-
-    Not as a view: autograd would see one that a custom Function made, and refuse to modify it in place.
-    """
-    if len(leading) == 1:
-        return t
-    shaped: Tensor = torch.ops.aten._unsafe_view.default(t, (*leading, t.shape[1]))
-    return shaped
-
-
-@contextmanager
-def _no_grad_no_autocast(device_type: str) -> Iterator[None]:
-    with torch.no_grad(), torch.autocast(device_type, enabled=False):
-        yield
-
-
-def _plain(t: Tensor) -> AbstractContextManager[None]:
-    """Neither autocast, which would cast the fp32 adapters' products again, nor autograd.
-
-    An exported program calls the op without the autograd.Function around it. Inside that, the context costs nothing.
-    """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(t.device.type):
-        return _no_grad_no_autocast(t.device.type)
-    return nullcontext()
-
-
-@torch.library.impl(_LIBRARY, "linear_forward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "linear_forward", "CompositeExplicitAutograd")
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -193,16 +155,16 @@ def _forward(
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0]), lora_A.new_empty(*x.shape[:-1], lora_A.shape[0])
     leading = x.shape[:-1]
-    x = _flat(x)
+    x = flat(x)
     plan = _plan(x, weight.shape[0], lora_A, seed, backend)
-    with _plain(x):
+    with plain(x):
         y, xa = linear_implementation(plan.backend).forward(
             x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, plan
         )
-    return _shaped(y, leading), _shaped(xa, leading)
+    return shaped(y, leading), shaped(xa, leading)
 
 
-@torch.library.register_fake("lora_kernels::linear_forward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("lora_kernels::linear_forward", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_forward(
     x: Tensor,
     weight: Tensor,
@@ -218,7 +180,7 @@ def _fake_forward(
     return x.new_empty(*leading, weight.shape[0]), lora_A.new_empty(*leading, lora_A.shape[0])
 
 
-@torch.library.impl(_LIBRARY, "linear_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "linear_backward", "CompositeExplicitAutograd")
 def _backward(
     dy: Tensor,
     x: Tensor | None,
@@ -236,21 +198,21 @@ def _backward(
         empty = _fake_backward(dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, needs, backend)
         return tuple(gradient.zero_() for gradient in empty)
     leading = dy.shape[:-1]
-    dy = _flat(dy)
-    x, xa = None if x is None else _flat(x), None if xa is None else _flat(xa)
+    dy = flat(dy)
+    x, xa = None if x is None else flat(x), None if xa is None else flat(xa)
     plan = _plan(dy, dy.shape[1], lora_A, seed, backend)
-    with _plain(dy):
+    with plain(dy):
         dx, *others = linear_implementation(plan.backward_way.backend).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
         )
-    gradients = (None if dx is None else _shaped(dx, leading), *others)
+    gradients = (None if dx is None else shaped(dx, leading), *others)
     dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, torch.promote_types(dy.dtype, lora_A.dtype))
     return tuple(
         dy.new_empty(0, dtype=dtype) if found is None else found for found, dtype in zip(gradients, dtypes, strict=True)
     )
 
 
-@torch.library.register_fake("lora_kernels::linear_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("lora_kernels::linear_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_backward(
     dy: Tensor,
     x: Tensor | None,

@@ -29,6 +29,8 @@ MASK_INSTRUCTIONS = {"streamed": 15, "accumulator": 45}
 """SASS instructions per element of a mask, in a kernel that streams x, and in the layout of an accumulator."""
 # Torch's integer Philox on a GPU: about a hundred passes over 8-byte words, one word for 8 elements, read and written.
 TORCH_MASK_BYTES = 200
+# A 16-bit operand beside an fp32 one: three tf32 products, each at half of the 16-bit rate.
+MIXED_PRODUCTS = 6
 LANES_GHZ = 128 * 1.7  # instructions a multiprocessor issues in a nanosecond, all lanes counted
 
 
@@ -102,3 +104,84 @@ class Costs:
         p = self._problem
         wide = p.dtype.itemsize == 2 and (p.width == "mixed" or p.dropout)
         return self._pass(rows, columns, 2, itemsize=4) if wide else 0.0
+
+
+class BranchCosts:
+    """The costs of one `lora_branch` on one device: passes over x's size and over the output's, and their products."""
+
+    def __init__(self, x_side: Problem, out_side: Problem, *, dyb_columns: int | None) -> None:
+        """The problem with either side's dtype; dyb_columns: of dy, for each share of dyb; None: dy is read twice."""
+        self._x, self._out = _Side(x_side, x_side.K), _Side(out_side, out_side.N)
+        self._dropout, self._dyb_columns = x_side.dropout, dyb_columns
+
+    def forward(self, way: Way) -> float:
+        """Microseconds: xa from x, then y from base_out and xa."""
+        if way.backend == "triton":
+            shrink = max(self._x.streams(1), self._x.work(kernels=True), self._x.mask())
+            return shrink + max(self._out.streams(2), self._out.expand_work()) + 2 * LAUNCH_US
+        shrink = self._x.blocks(1, masked=self._dropout) + max(self._x.streams(1), self._x.work(kernels=False))
+        # The library copies base_out first, and its GEMM reads and writes the copy.
+        expand = self._out.streams(2) + max(self._out.streams(2), self._out.work(kernels=False))
+        return shrink + expand + self._out.blocks(1) + 3 * LAUNCH_US
+
+    def backward(self, way: Way) -> float:
+        """Microseconds: dyb and dB from dy, dA from x, and dx."""
+        kernels = way.backend == "triton"
+        of_dy, of_x = 2 * self._out.work(kernels=kernels), self._x.work(kernels=kernels)
+        launches = BACKWARD_LAUNCHES * LAUNCH_US
+        if kernels:
+            from_dy = max(self._out.streams(1) + self._out.shares(self._dyb_columns), of_dy)
+            return from_dy + max(self._x.streams(2), of_x + self._x.expand_work(), self._x.mask()) + launches
+        from_dy = self._out.blocks(1) + max(self._out.streams(2), of_dy)
+        return from_dy + self._x.blocks(2, masked=self._dropout) + max(self._x.streams(2), 2 * of_x) + launches
+
+
+class _Side:
+    """One large tensor of a branch, [M, columns], beside the rank."""
+
+    def __init__(self, problem: Problem, columns: int) -> None:
+        self._problem, self._elements = problem, problem.M * columns
+        self._rates = table_of(problem.family).rates
+        self._bytes_us = 1e6 * COPY * self._rates.tbytes
+
+    def streams(self, passes: int) -> float:
+        """Reads or writes of the tensor."""
+        return self._moved(passes * self._problem.dtype.itemsize)
+
+    def shares(self, columns: int | None) -> float:
+        """fp32 shares of a rank-sized product, one for so many columns, written and read; None: the second read."""
+        return self.streams(1) if columns is None else self._moved(2 * 4 * self._problem.R / columns)
+
+    def work(self, *, kernels: bool) -> float:
+        """A product of the tensor with one of the rank, in our kernels or in the library, which knows one dtype."""
+        width = self._problem.width
+        if width == "mixed":
+            return self._product(self._rates.tflops_16 / MIXED_PRODUCTS if kernels else self._rates.tflops_32, kernels)
+        return self._product(self._rates.tflops_16 if width == "16" else self._rates.tflops_32, kernels)
+
+    def expand_work(self) -> float:
+        """A product of two tensors of the rank in our kernels: three of bf16 where fp32 meets a 16-bit output."""
+        p = self._problem
+        if p.adapter_dtype.itemsize == 2:
+            return self._product(self._rates.tflops_16, kernels=True)
+        return self._product(
+            self._rates.tflops_16 / 3 if p.dtype.itemsize == 2 else self._rates.tflops_32, kernels=True
+        )
+
+    def mask(self) -> float:
+        """The mask made in registers."""
+        p = self._problem
+        return self._elements * MASK_INSTRUCTIONS["streamed"] / (1e3 * LANES_GHZ * p.sm_count) if p.dropout else 0.0
+
+    def blocks(self, tensors: int, *, masked: bool = False) -> float:
+        """What torch adds: fp32 blocks of 16-bit tensors, written and read, under fp32 adapters or a mask; and that."""
+        p = self._problem
+        converted = p.dtype.itemsize == 2 and (masked or p.width == "mixed")
+        return self._moved(2 * 4 * tensors * converted + TORCH_MASK_BYTES * masked)
+
+    def _moved(self, bytes_per_element: float) -> float:
+        return self._elements * bytes_per_element / self._bytes_us
+
+    def _product(self, tflops: float, kernels: bool) -> float:
+        rate = LIBRARY_GEMM * (FUSED_GEMM["pointers"] if kernels else 1.0)
+        return 2.0 * self._elements * self._problem.R / (1e6 * rate * tflops)

@@ -22,7 +22,7 @@ from lora_kernels.planning.measured import Direction, Key, Timings, row_bucket
 from lora_kernels.planning.tiles import Family, Tile, Width
 
 Backend = Literal["torch", "triton", "reference"]
-Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "persistent", "fused", "eager"]
+Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "persistent", "fused", "shrink_expand", "eager"]
 
 UPCAST_ROWS = 16
 """Above this M, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
@@ -184,7 +184,8 @@ def obstacle_to_triton(
     return None
 
 
-def _cpu_way(problem: Problem) -> tuple[Way, str]:
+def cpu_way(problem: Problem) -> tuple[Way, str]:
+    """What serves a CPU, and why."""
     half = problem.dtype in (torch.float16, torch.bfloat16)
     if half and problem.M > UPCAST_ROWS and not _cpu_multiplies(problem.dtype):
         name = str(problem.dtype).removeprefix("torch.")
@@ -233,7 +234,7 @@ def _one_row_of_tiles(problem: Problem) -> bool:
     return tile is not None and tile.block_m >= problem.M
 
 
-def _kernel_choices(problem: Problem) -> Plan:
+def kernel_choices(problem: Problem) -> Plan:
     """What the kernels run with, whichever of them run: tiles, splits, precision."""
     family, width, m, rank = problem.family, problem.width, problem.M, problem.R
     table: dict[str, Tile] = {}
@@ -303,23 +304,65 @@ def _cheapest(
     """The way to take, what each would cost, and one sentence."""
     known = {way: timings[str(way)].us for way in ways if str(way) in timings}
     if known:
-        source = "measured on this device"
-    elif len(ways) == 1 or (problem.device_type == "cpu" and LIBRARY not in ways):
+        return ranked(known, measured=True)
+    if len(ways) == 1 or (problem.device_type == "cpu" and LIBRARY not in ways):
         return ways[0], (), ""
-    elif problem.device_type == "cpu":
-        way, reason = _cpu_way(problem)
+    if problem.device_type == "cpu":
+        way, reason = cpu_way(problem)
         return way, (), reason
-    else:
-        costs = Costs(problem)
-        modelled = [way for way in ways if way.strategy not in UNPROVEN]
-        known = {way: costs.of(way, backward=direction == "backward") for way in modelled}
-        source = "modelled, not measured on this device"
-    ranked = sorted(known, key=known.__getitem__)
-    chosen = ranked[0]
-    if LIBRARY in known and source.startswith("modelled") and known[LIBRARY] < MODEL_MARGIN * known[chosen]:
+    costs = Costs(problem)
+    return ranked(
+        {way: costs.of(way, backward=direction == "backward") for way in ways if way.strategy not in UNPROVEN},
+        measured=False,
+    )
+
+
+def ranked(known: Mapping[Way, float], *, measured: bool) -> tuple[Way, tuple[tuple[str, float], ...], str]:
+    """Of microseconds by way: the way to take, the costs in order, and one sentence."""
+    order = sorted(known, key=known.__getitem__)
+    chosen = order[0]
+    source = "measured on this device" if measured else "modelled, not measured on this device"
+    if not measured and LIBRARY in known and known[LIBRARY] < MODEL_MARGIN * known[chosen]:
         chosen, source = LIBRARY, f"{source}, and within {MODEL_MARGIN - 1:.0%} of the library's"
-    figures = ", ".join(f"{way} {known[way]:.4g} us" for way in ranked)
-    return chosen, tuple((str(way), known[way]) for way in ranked), f"{source}: {figures}"
+    figures = ", ".join(f"{way} {known[way]:.4g} us" for way in order)
+    return chosen, tuple((str(way), known[way]) for way in order), f"{source}: {figures}"
+
+
+def servable(
+    problem: Problem, backend: str, dtypes: tuple[torch.dtype, ...], *, triton_available: bool
+) -> tuple[tuple[Backend, ...], str]:
+    """The backends that a plan for `backend` chooses from, and why, if there is something to say.
+
+    Args:
+        problem: what is to be computed, and where.
+        backend: "auto", "torch" or "triton".
+        dtypes: of the large tensors, each of which the kernels must serve.
+        triton_available: whether triton can be imported.
+
+    Raises:
+        UnsupportedError: backend="triton" cannot serve the problem; the message says why.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ArgumentError(f"backend must be 'auto', 'torch', 'triton' or 'reference'; got {backend!r}.")
+    if backend == "torch":
+        return ("torch",), "asked for by name"
+    obstacles = [
+        obstacle_to_triton(
+            dtype, problem.arch, problem.device_type,
+            interpreted=problem.interpreted, triton_available=triton_available,
+        )
+        for dtype in dtypes
+    ]  # fmt: skip
+    obstacle = next(filter(None, obstacles), None)
+    if backend == "triton":
+        if obstacle:
+            raise UnsupportedError(
+                f"backend='triton' cannot serve this problem: {obstacle}. Use backend='auto' to fall back."
+            )
+        return ("triton",), "asked for by name"
+    if problem.device_type == "cpu":
+        return ("torch",), "tensors are on the CPU"
+    return (("torch",), obstacle) if obstacle else (("torch", "triton"), "")
 
 
 def make_plan(
@@ -338,34 +381,15 @@ def make_plan(
     """
     if backend == "reference":
         return Plan("reference", "eager", "asked for by name")
-    if backend not in ("auto", "torch", "triton"):
-        raise ArgumentError(f"backend must be 'auto', 'torch', 'triton' or 'reference'; got {backend!r}.")
     problem = dataclasses.replace(problem, M=row_bucket(problem.M))
-    obstacle = obstacle_to_triton(
-        problem.dtype, problem.arch, problem.device_type,
-        interpreted=problem.interpreted, triton_available=triton_available,
-    )  # fmt: skip
-    backends: tuple[Backend, ...] = ("torch", "triton")
-    why = ""
-    if backend == "torch":
-        backends, why = ("torch",), "asked for by name"
-    elif backend == "triton":
-        if obstacle:
-            raise UnsupportedError(
-                f"backend='triton' cannot serve this problem: {obstacle}. Use backend='auto' to fall back."
-            )
-        backends, why = ("triton",), "asked for by name"
-    elif problem.device_type == "cpu" or obstacle:
-        backends = ("torch",)
-        why = "tensors are on the CPU" if problem.device_type == "cpu" else str(obstacle)
-
+    backends, why = servable(problem, backend, (problem.dtype,), triton_available=triton_available)
     chosen: dict[Direction, tuple[Way, tuple[tuple[str, float], ...], str]] = {}
     timed: dict[Direction, Timings] = {}
     for direction in DIRECTIONS:
         timed[direction] = (measured or {}).get(problem.key(direction), {})
         chosen[direction] = _cheapest(problem, direction, ways_of(problem, direction, backends), timed[direction])
     (way, costs, reason), (backward, backward_costs, backward_reason) = chosen["forward"], chosen["backward"]
-    base = _kernel_choices(problem) if "triton" in (way.backend, backward.backend) else Plan("torch", "library", "")
+    base = kernel_choices(problem) if "triton" in (way.backend, backward.backend) else Plan("torch", "library", "")
     table = dict(base.tiles)
     for direction in DIRECTIONS:
         prefix = "" if direction == "forward" else "backward."

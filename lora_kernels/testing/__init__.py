@@ -6,6 +6,12 @@ from lora_kernels.reference.budget import (
     budget_rows as budget_rows,
     relative_error as relative_error,
 )
+from lora_kernels.testing.branch import (
+    BranchInputs as BranchInputs,
+    make_branch_inputs as make_branch_inputs,
+    run_branch as run_branch,
+    run_branch_plan as run_branch_plan,
+)
 from lora_kernels.testing.linear import (
     LinearInputs as LinearInputs,
     make_linear_inputs as make_linear_inputs,

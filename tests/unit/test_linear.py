@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.nn import functional as F
 
 from lora_kernels import UnsupportedError, lora_linear
-from lora_kernels.ops import Needs, _linear_torch
+from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.testing import (
     LinearInputs,
@@ -38,7 +38,7 @@ ALL_DTYPES = {**DTYPES, "fp64": (torch.float64, torch.float64)}
 PLANS = {strategy: Plan("torch", strategy, "a test asks for it") for strategy in ("library", "upcast")}
 # Even, odd and prime, tall and wide, one, and a tail after each row block; M, N, K.
 SIZES = [(64, 48, 32), (37, 51, 45), (131, 7, 97), (3, 129, 1), (5, 1, 64), (1, 96, 80), (2, 3, 3)]
-BLOCK = _linear_torch.BLOCK_ELEMENTS["cpu"]
+BLOCK = _low_rank_torch.BLOCK_ELEMENTS["cpu"]
 RANKS = (1, 8, 16, 64, 256, 512)
 
 on_torch = partial(run_linear, backend="torch")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import UnsupportedError, lora_linear
-from lora_kernels.ops import Needs, _linear_torch
+from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.reference import linear as reference
 from lora_kernels.testing import make_linear_inputs, run_linear
@@ -111,7 +111,7 @@ def test_nothing_else_of_token_size_is_made(dtype, strategy, p):
     x, adapters = DTYPES[dtype]
     # M so large that one fp32 block is half of the smallest tensor of tokens.
     n, k, r = 80, 72, 8
-    m = 4 * _linear_torch.BLOCK_ELEMENTS["cpu"] // k + 77
+    m = 4 * _low_rank_torch.BLOCK_ELEMENTS["cpu"] // k + 77
     i = make_linear_inputs(m, n, k, r, dtype=x, adapter_dtype=adapters, dropout_p=p)
     plan, rest = Plan("torch", strategy, "a test asks for it"), (torch.tensor([1]) if p else None, 2.0, p)
     of_token_size = m * k * 2

@@ -1,0 +1,78 @@
+"""What the autograd nodes of the operations share: which of them a call takes, and a backward that is the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.errors import UnsupportedError
+
+
+def apply(
+    node: type[torch.autograd.Function],
+    transformable: type[torch.autograd.Function],
+    forward: Callable[..., Any],
+    inputs: tuple[Any, ...],
+) -> Tensor:
+    """y: through `transformable` inside torch.func, through no node where no gradient is recorded, else through `node`.
+
+    A `transformable` node has `setup_context`, which torch.func wants, and returns (y, xa). Not for every call: PyTorch
+    then inspects the signature each time, and a node takes 2.5 times as long to make (`bench.choices`).
+    """
+    y: Tensor
+    if torch._C._are_functorch_transforms_active():
+        y, _ = transformable.apply(*inputs)
+    elif not torch.is_grad_enabled():
+        y, _ = forward(*inputs)
+    else:
+        y = node.apply(*inputs)
+    return y
+
+
+def first_order_only(operation: str, backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """A backward op as a node whose own backward is an error.
+
+    With create_graph the gradients are handed out through it: calling the op directly would return gradients that are
+    silently constant.
+    """
+
+    class FirstOrderOnly(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(backward(*args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            """Nothing is saved: there is no second derivative to compute."""
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            raise UnsupportedError(
+                f"{operation} is differentiable once; a second derivative (create_graph=True and another backward) was "
+                "asked of it. Use backend='reference', which is plain differentiable PyTorch."
+            )
+
+    return FirstOrderOnly
+
+
+def cast_input(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cast that F.linear makes under autocast, which leaves float64 alone."""
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
+def cast_adapter(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same, but float32 adapters stay as they are."""
+    return t if t.dtype == torch.float32 else cast_input(t, dtype)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast switched off, where it is on."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,189 @@
+"""`lora_branch`: y = base_out + s (drop(x) A^T) B^T, what an adapter adds to a base that is computed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import config, ops
+from lora_kernels.functional import _checks
+from lora_kernels.functional._nodes import apply, cast_adapter, cast_input, first_order_only, without_autocast
+from lora_kernels.reference import branch as reference
+
+
+class LoRABranchFunction(torch.autograd.Function):
+    """One node for the whole branch: saves x, xa [*, R] and the seed, and recomputes the mask.
+
+    forward(base_out [*, N], x [*, K], lora_A [R, K], lora_B [N, R], seed [1] | None, scaling, dropout_p, backend)
+    -> y [*, N].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """y, through the registered op."""
+        y: Tensor
+        y, xa = ops.branch_forward(*inputs)
+        _save(ctx, inputs, xa)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One entry for each input of forward; None where no gradient is needed."""
+        if dy is None:
+            return (None,) * 8
+        d_base_out = dy if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs):
+            return (d_base_out, *(None,) * 7)
+        x, lora_A, lora_B, xa, seed = ctx.saved_tensors
+        run: Callable[..., tuple[Tensor, ...]] = (
+            _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.branch_backward
+        )
+        gradients = run(
+            dy, x, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, ctx.x_dtype, list(ctx.needs), ctx.backend
+        )
+        kept = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
+        return (d_base_out, *kept, None, None, None, None)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
+    """What the needed gradients read; besides, lora_A and lora_B, whose shapes the backward's own are made of."""
+    _, x, lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.x_dtype = x.dtype
+    ctx.needs = needs = ops.BranchNeeds(*ctx.needs_input_grad[1:4])
+    if not any(needs):  # base_out's gradient is dy itself
+        return
+    ctx.save_for_backward(
+        x if needs.lora_A else None,
+        lora_A,
+        lora_B,
+        xa if needs.lora_B else None,
+        seed if needs.x or needs.lora_A else None,
+    )
+
+
+class _TransformableFunction(torch.autograd.Function):
+    """The same node for torch.func, which wants setup_context."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        """y and xa, which is an output only so that setup_context can save it."""
+        y, xa = ops.branch_forward(*inputs)
+        return y, xa
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """As `_save`."""
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _d_xa: None) -> tuple[Tensor | None, ...]:
+        """As in LoRABranchFunction."""
+        return LoRABranchFunction.backward(ctx, dy)
+
+
+_FirstOrderOnly = first_order_only("lora_branch", ops.branch_backward)
+
+
+def lora_branch(
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The output of a base layer plus its LoRA term, for a base that is computed elsewhere.
+
+    y = base_out + scaling * (drop(x) A^T) B^T        drop(x) = mask * x / (1 - dropout_p)
+
+    For bases that `lora_linear` cannot compute itself: quantised, offloaded, hooked, or not linear in their weight at
+    all. It never sees the weight. For a plain linear base `lora_linear` does less work.
+
+    Args:
+        base_out: [*, N] float32, float16 or bfloat16 (float64 on the CPU), in x's dtype or another; any strides. It is
+            left as it is: y is a new tensor.
+        x: [*, K] float32, float16 or bfloat16 (float64 on the CPU), with base_out's leading dims; any leading dims, any
+            strides, M = 0 allowed.
+        lora_A: [R, K] in x's dtype or float32; 1 <= R <= 512.
+        lora_B: [N, R] in lora_A's dtype.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA; a 0-d tensor is taken as in `lora_linear`.
+        dropout_p: probability to drop an element of x, in [0, 1); applied to the nearest 1/65536.
+        dropout_seed: an int or a one-element int64 tensor on x's device: the same seed gives the same mask as in
+            `lora_linear`, on every backend and device. None draws one from torch's generator for x's device. Under
+            torch.compile pass a tensor, since an int is compiled in.
+        backend: "triton" (fused kernels), "torch" (library GEMMs), "reference" (plain differentiable PyTorch), or
+            "auto". A named backend is honoured or raises.
+
+    Returns:
+        [*, N] in base_out's dtype, contiguous. Under torch.autocast, x is cast as for F.linear; float32 adapters stay
+        so; base_out is no operand of a product and keeps its dtype.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the tensors do not fit together.
+        ArgumentError: dropout_p, scaling, dropout_seed or backend is out of range.
+        UnsupportedError: the named backend cannot serve this call; or a second derivative was asked for.
+
+    Numerics:
+        Products accumulate in fp32 (fp64 for float64); base_out is added to the accumulator, and y is rounded once, or
+        twice where a library GEMM adds onto a rounded term. Gradients come in each input's own dtype; base_out's is dy
+        itself. Every output is within twice the error of the eager chain against fp64 (tests/). Dropped elements are
+        exactly zero, also where x is Inf or NaN; elsewhere Inf and NaN propagate as in the eager chain.
+
+    Determinism:
+        The same call gives the same bits: reductions run in fixed order, without floating-point atomics.
+
+    Saved for backward:
+        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask, no copy of x, and nothing
+        of base_out.
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. (3), the second term; over a
+        quantised base: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023, eq. (5).
+
+    Example:
+        >>> import torch
+        >>> from lora_kernels import lora_branch
+        >>> x, base = torch.randn(2, 5, 64), torch.nn.Linear(64, 32)
+        >>> lora_A, lora_B = torch.randn(8, 64, requires_grad=True), torch.zeros(32, 8, requires_grad=True)
+        >>> y = lora_branch(base(x), x, lora_A, lora_B, scaling=2.0, dropout_p=0.1)
+        >>> torch.equal(y, base(x))
+        True
+    """
+    _checks.check_backend(backend)
+    _checks.check_dropout_p(dropout_p)
+    _checks.check_scaling(scaling)
+    _checks.check_branch(base_out, x, lora_A, lora_B)
+    _checks.check_seed(dropout_seed, x.device)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        # The cast F.linear makes; float32 adapters stay as they are.
+        dtype = torch.get_autocast_dtype(device_type)
+        x, lora_A, lora_B = cast_input(x, dtype), cast_adapter(lora_A, dtype), cast_adapter(lora_B, dtype)
+    _checks.check_dtypes(device_type, x=x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype, base_out=base_out.dtype)
+    if backend == "auto":
+        backend = config.AUTO_BACKEND
+    _checks.check_servable(backend, x, base_out)
+    seed = _checks.seed_tensor(dropout_seed, x.device) if dropout_p > 0 else None
+
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * scaling, 1.0
+    scaling, dropout_p = float(scaling), float(dropout_p)
+    if backend == "reference":
+        with without_autocast(device_type):
+            y = reference.lora_branch(
+                base_out.reshape(-1, base_out.shape[-1]), x.reshape(-1, x.shape[-1]), lora_A, lora_B,
+                scaling=scaling, dropout_p=dropout_p, seed=seed,
+            )  # fmt: skip
+        return y.view(base_out.shape)
+    inputs = (base_out, x, lora_A, lora_B, seed, scaling, dropout_p, backend)
+    return apply(LoRABranchFunction, _TransformableFunction, ops.branch_forward, inputs)

@@ -1,0 +1,89 @@
+"""The `torch` backend of the LoRA branch: library GEMMs, on any device torch has.
+
+    xa = alpha (mask * x) A^T      y = base_out + xa B^T, the sum in the GEMM
+    dyb = alpha dy B               dx = mask * (dyb A)
+
+with alpha = scaling / (1 - p). The rank-sized products are `_low_rank_torch`'s; where dtypes differ or the plan says
+"upcast", y is made by blocks of rows in fp32, too, each rounded once: nothing of its size is ever made in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops._low_rank_torch import (
+    block_buffer,
+    blockwise_lora_a,
+    compute_dtype,
+    from_dy,
+    row_blocks,
+    shrink,
+)
+from lora_kernels.ops._needs import BranchNeeds
+from lora_kernels.planning import BranchPlan
+from lora_kernels.reference.philox import dropout_scale
+
+
+def forward(
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    plan: BranchPlan,
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N] in base_out's dtype, xa [M, R] in lora_A's with alpha inside) for x [M, K]."""
+    alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
+    upcast = plan.strategy == "upcast"
+    xa = shrink(x, lora_A, seed, dropout_p, alpha, upcast=upcast)
+    if base_out.dtype == xa.dtype and not upcast:
+        return torch.addmm(base_out, xa, lora_B.T), xa
+    return _blockwise_expand(base_out, xa, lora_B.T), xa
+
+
+def _blockwise_expand(base_out: Tensor, s: Tensor, e: Tensor) -> Tensor:
+    compute = compute_dtype(base_out, s)
+    wide_e = e.to(compute)
+    y = torch.empty(base_out.shape, dtype=base_out.dtype, device=base_out.device)
+    buffer = None if y.dtype == compute else block_buffer(y, dtype=compute)
+    for rows in row_blocks(y):
+        block = y[rows] if buffer is None else buffer[: rows.stop - rows.start]
+        block.copy_(base_out[rows]).addmm_(s[rows].to(compute), wide_e)
+        if buffer is not None:
+            y[rows] = block
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    needs: BranchNeeds,
+    plan: BranchPlan,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, lora_A, lora_B; None where not needed. What a needed one reads is there."""
+    alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
+    upcast = plan.backward.strategy == "upcast"
+    lora_x = x if needs.lora_A else None
+    dyb, d_lora_B, _ = from_dy(
+        dy, lora_B if needs.x or needs.lora_A else None, xa if needs.lora_B else None, alpha, upcast=upcast
+    )
+    if dyb is None:
+        return None, None, d_lora_B
+    dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=x_dtype, device=dy.device) if needs.x else None
+    if upcast or lora_A.dtype != x_dtype or seed is not None:
+        d_lora_A = blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, dx)
+    else:
+        d_lora_A = None if lora_x is None else torch.mm(dyb.T, lora_x)
+        if dx is not None:
+            torch.mm(dyb, lora_A, out=dx)
+    return dx, d_lora_A, d_lora_B
