@@ -7,6 +7,8 @@ from itertools import chain, combinations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_kernels.planning import Plan, Problem, Way
 from lora_kernels.planning.plan import ways_of
@@ -114,6 +116,33 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         if value.dtype != expected[name].dtype or not torch.equal(value.nan_to_num(), expected[name].nan_to_num())
     }
     assert differing == set()
+
+
+class Allocations(TorchDispatchMode):
+    """Storages that ops inside the block made: size in bytes and dtype by address, and every (shape, dtype) seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept_alive, self.fresh, self.seen = [], {}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.seen.add((tuple(t.shape), t.dtype))
+                address = t.untyped_storage().data_ptr()
+                if address not in given and address not in self.fresh:
+                    self.fresh[address] = t.untyped_storage().nbytes()
+                    self.kept_alive.append(t)  # so that no address is given out twice
+        return out
+
+
+class Nothing(TorchDispatchMode):
+    """Any op at all inside the block is a failure."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} ran before the arguments were refused")
 
 
 def with_library(problem: Problem, plan: Plan) -> Plan:

@@ -117,7 +117,7 @@ def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
 
 def check_branch(base_out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """As `check_linear`, for an operation whose base is an output."""
-    _check_tensors({"base_out": base_out, "x": x, "lora_A": lora_A, "lora_B": lora_B}, x)
+    _check_tensors({"x": x, "base_out": base_out, "lora_A": lora_A, "lora_B": lora_B}, x)
     if x.dim() >= 1 and lora_A.dim() == lora_B.dim() == 2:
         k, (r, a_k), (n, b_r) = x.shape[-1], lora_A.shape, lora_B.shape
         fit = k == a_k and r == b_r and base_out.shape == (*x.shape[:-1], n)
@@ -126,7 +126,7 @@ def check_branch(base_out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) ->
     _refuse_branch_shapes(base_out, x, lora_A, lora_B)
 
 
-def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:
+def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes first among them
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(

@@ -5,31 +5,20 @@ Imports `kernels`, hence triton; itself imported only inside the implementations
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
 from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
-from lora_kernels.kernels.bwd_lora_b import LoRABGradients, bwd_lora_b
 from lora_kernels.kernels.gemm_expand import gemm_expand
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma, tma_serves
-from lora_kernels.kernels.interpreter import is_interpreting, repaired
 from lora_kernels.kernels.one_pass import one_pass
 from lora_kernels.kernels.persistent import persistent, persistent_available, persistent_serves
 from lora_kernels.kernels.shrink import shrink
+from lora_kernels.ops._low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.ops._needs import Needs
 from lora_kernels.planning import Plan
 from lora_kernels.planning.tiles import Tile
-from lora_kernels.reference.philox import dropout_scale, dropout_threshold
-
-
-def _launch_scope(t: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be t's; interpreted, its numpy arithmetic needs repair."""
-    if t.is_cuda:
-        return torch.cuda.device(t.device)
-    return repaired() if is_interpreting() else nullcontext()
 
 
 def forward(
@@ -44,9 +33,9 @@ def forward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], xa [M, R]) for x [M, K], M >= 1."""
-    threshold, scale = _dropout(seed, scaling, dropout_p)
+    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
     bias = None if bias is None else bias.contiguous()
-    with _launch_scope(x):
+    with launch_scope(x):
         if plan.strategy == "one_pass":
             return one_pass(
                 x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed, threshold=threshold,
@@ -79,26 +68,15 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there; M >= 1."""
-    threshold, scale = _dropout(seed, scaling, dropout_p)
+    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
     bias_dtype = torch.promote_types(dy.dtype, lora_A.dtype)
     strategy = plan.backward_way.strategy
-    needs_dyb = needs.x or needs.lora_A
-    one_read = needs_dyb and plan.dy_reads == 1
     dx = d_weight = d_lora_A = None
-    from_dy = LoRABGradients(None, None, None)
-    with _launch_scope(dy):
-        if one_read or needs.lora_B:
-            from_dy = bwd_lora_b(
-                dy=dy, lora_B=lora_B, xa=xa if needs.lora_B else None, bias_dtype=bias_dtype if needs.bias else None,
-                needs_dyb=one_read, scale=scale, splits=plan.d_lora_B_splits,
-                precision=plan.precision, tile=plan.tile("bwd_lora_b"),
-            )  # fmt: skip
-        dyb = from_dy.dyb
-        if needs_dyb and dyb is None:
-            dyb = shrink(
-                x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale, splits=plan.dyb_splits,
-                precision=plan.precision, tile=plan.tile("shrink"),
-            )  # fmt: skip
+    with launch_scope(dy):
+        dyb, d_lora_B, d_bias = from_dy(
+            dy, lora_B, xa if needs.lora_B else None, bias_dtype if needs.bias else None, scale, plan,
+            needs_dyb=needs.x or needs.lora_A,
+        )  # fmt: skip
         if needs.x and strategy == "library" and seed is not None:
             assert weight is not None and dyb is not None
             dx, d_lora_A = bwd_dx_lora_a(
@@ -124,14 +102,9 @@ def backward(
     if needs.weight:
         assert x is not None
         d_weight = torch.mm(dy.T, x)
-    d_bias = dy.sum(0, dtype=bias_dtype) if needs.bias and from_dy.d_bias is None else from_dy.d_bias
-    return dx, d_weight, d_lora_A, from_dy.d_lora_B, d_bias
-
-
-def _dropout(seed: Tensor | None, scaling: float, dropout_p: float) -> tuple[int, float]:
-    if seed is None:
-        return 0, scaling
-    return dropout_threshold(dropout_p), scaling * dropout_scale(dropout_p)
+    if needs.bias and d_bias is None:
+        d_bias = dy.sum(0, dtype=bias_dtype)
+    return dx, d_weight, d_lora_A, d_lora_B, d_bias
 
 
 def _gemm(

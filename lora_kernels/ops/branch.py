@@ -95,6 +95,10 @@ class BranchImplementation(Protocol):
 
 def branch_implementation(backend: Backend) -> BranchImplementation:
     """The module that serves one direction of a plan: for the ops below, and for checks that force a strategy."""
+    if backend == "triton":
+        from lora_kernels.ops import _branch_triton
+
+        return _branch_triton
     if backend == "torch":
         return _branch_torch
     raise UnsupportedError(f"the registered op serves 'torch' and 'triton'; got {backend!r}. Call lora_branch instead.")

@@ -13,10 +13,10 @@ from lora_kernels.kernels import launch as launching
 from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.persistent import MISSING
 from lora_kernels.ops import Needs, _linear_triton
-from lora_kernels.planning import Problem, make_plan
+from lora_kernels.planning import Problem, make_branch_plan, make_plan
 from lora_kernels.planning.plan import paired, ways_of
 from lora_kernels.planning.tiles import WIDTHS
-from lora_kernels.testing import make_linear_inputs
+from lora_kernels.testing import make_branch_inputs, make_linear_inputs, run_branch_plan
 
 
 @triton.jit(do_not_specialize=["M", "scale"])
@@ -216,6 +216,26 @@ def test_every_launcher_of_the_backend(driver, monkeypatch, width, p, strategy):
     monkeypatch.setattr(type(toy_kernel), "run", lambda *_, **__: pytest.fail("asked the JIT"))
     assert step() == by_jit
     assert len(by_jit) >= 3
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_launcher_of_the_branch(driver, monkeypatch, width, out, p):
+    monkeypatch.setattr(launching, "is_interpreting", lambda: False)
+    x, adapters = WIDTH_DTYPES[width]
+    i = make_branch_inputs(16, 64, 80, 16, dtype=x, adapter_dtype=adapters, out_dtype=out, dropout_p=p)
+    plan = make_branch_plan(problem_of(width, p), out, "triton", triton_available=True)
+
+    def step():
+        start = len(driver.launches)
+        run_branch_plan(i, plan)
+        return driver.launches[start:]
+
+    by_jit = step()
+    monkeypatch.setattr(type(toy_kernel), "run", lambda *_, **__: pytest.fail("asked the JIT"))
+    assert step() == by_jit
+    assert len(by_jit) >= 5
 
 
 def test_a_full_table_is_emptied_and_goes_on(driver, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a_kernel
 from lora_kernels.kernels.bwd_lora_a import bwd_lora_a_kernel
 from lora_kernels.kernels.bwd_lora_b import bwd_lora_b_kernel
+from lora_kernels.kernels.expand import expand_kernel
 from lora_kernels.kernels.gemm_expand import gemm_expand_kernel
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
 from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
@@ -35,6 +36,7 @@ KERNELS = {
     "bwd_lora_a": bwd_lora_a_kernel,
     "bwd_dx_lora_a": bwd_dx_lora_a_kernel,
     "bwd_lora_b": bwd_lora_b_kernel,
+    "expand": expand_kernel,
 }
 # A partial sum is fp32 whatever the inputs; the rest is the problem's dtype or its adapters'.
 PARTIALS = {
@@ -93,13 +95,20 @@ def variants(shipped: ShippedTile) -> list[Variant]:
         case "bwd_lora_b":
             flags = {"NEEDS_DYB": True, "NEEDS_D_B": True, "NEEDS_D_BIAS": True}
             return [Variant(("stride_dy_n", "stride_b_r"), flags)]
+        case "expand":
+            return [
+                Variant(("stride_base_n", "stride_e_r"), {"HAS_BASE": True}),
+                Variant(("stride_base_n", "stride_e_n"), {"HAS_BASE": False}),
+            ]
     raise AssertionError(shipped.kernel)
 
 
-def figures_of(shipped: ShippedTile, variant: Variant, target: str) -> Figures:
+def figures_of(shipped: ShippedTile, variant: Variant, target: str, dtypes: tuple[str, str] | None = None) -> Figures:
+    """dtypes: of the large tensors and of the adapters; None: those that the tile's width is named for."""
     kernel, tile = KERNELS[shipped.kernel], shipped.tile
-    dtype = "fp32" if shipped.width == "32" else "bf16"
-    adapter = dtype if shipped.width == "16" else "fp32"
+    if dtypes is None:
+        dtypes = {"16": ("bf16", "bf16"), "mixed": ("bf16", "fp32"), "32": ("fp32", "fp32")}[shipped.width]
+    dtype, adapter = dtypes
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": tile.block_r}
     known: dict[str, Any] = blocks | variant.flags | dict.fromkeys(variant.unit_strides, 1) | {"GROUP_M": tile.group_m}
     mixed = "ieee" if target.startswith("gfx") else "tf32x3"
@@ -108,6 +117,8 @@ def figures_of(shipped: ShippedTile, variant: Variant, target: str) -> Figures:
         known["seed_ptr"] = None
     if not variant.flags.get("HAS_BIAS", True):
         known["bias_ptr"] = None
+    if not variant.flags.get("HAS_BASE", True):
+        known["base_ptr"] = None
     rhs_block = [tile.block_n, tile.block_k] if variant.flags.get("RHS_IS_NK") else [tile.block_k, tile.block_n]
     types = {
         "lhs_desc": f"tensordesc<{dtype}{[tile.block_m, tile.block_k]}>",

@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import UnsupportedError, lora_linear
@@ -16,7 +14,7 @@ from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.reference import linear as reference
 from lora_kernels.testing import make_linear_inputs, run_linear
-from tests.linear_cases import DTYPES, PARAMETERS, SUBSETS, assert_same_bits, assert_within_budget
+from tests.linear_cases import DTYPES, PARAMETERS, SUBSETS, Allocations, assert_same_bits, assert_within_budget
 
 M, N, K, R = 20, 24, 32, 4
 
@@ -82,26 +80,6 @@ def test_frozen_weight_costs_the_documented_bytes_and_no_more():
         call(leaves, inputs)
     parameters = sum(leaves[name].nbytes for name in ("weight", "lora_A", "lora_B"))
     assert sum(sizes) - parameters == 64 * 256 * 2 + 64 * 8 * 4 + 8
-
-
-class Allocations(TorchDispatchMode):
-    """Storages that ops inside the block made: size in bytes and dtype by address, and every (shape, dtype) seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept_alive, self.fresh, self.seen = [], {}, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self.seen.add((tuple(t.shape), t.dtype))
-                address = t.untyped_storage().data_ptr()
-                if address not in given and address not in self.fresh:
-                    self.fresh[address] = t.untyped_storage().nbytes()
-                    self.kept_alive.append(t)  # so that no address is given out twice
-        return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import (
     ArgumentError,
@@ -17,6 +16,7 @@ from lora_kernels import (
     lora_linear,
 )
 from lora_kernels.functional import _checks
+from tests.linear_cases import Nothing
 
 M, N, K, R = 6, 8, 5, 3
 
@@ -24,13 +24,6 @@ M, N, K, R = 6, 8, 5, 3
 def arguments(**changes):
     shapes = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "bias": (N,)}
     return {**{name: torch.ones(shape) for name, shape in shapes.items()}, **changes}
-
-
-class Nothing(TorchDispatchMode):
-    """Any op at all inside the block is a failure."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} ran before the arguments were refused")
 
 
 def refused(error, message, **changes):

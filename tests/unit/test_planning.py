@@ -225,7 +225,7 @@ def assert_well_formed(kernel: str, tile: Tile) -> None:
     used = {
         "persistent": "mnkr", "gemm_expand": "mnkr", "gemm_expand_tma": "mnkr",
         "one_pass": "mnkr", "one_pass_sum": "mnr", "shrink": "mkr",
-        "bwd_lora_b": "mnr", "bwd_lora_a": "mkr", "bwd_dx_lora_a": "mkr",
+        "bwd_lora_b": "mnr", "bwd_lora_a": "mkr", "bwd_dx_lora_a": "mkr", "expand": "mnr",
     }[kernel.removeprefix("backward.").removesuffix("_dropout")]  # fmt: skip
     for letter in used:
         block = getattr(tile, f"block_{letter}")

@@ -1,0 +1,92 @@
+"""The `triton` backend of the LoRA branch: two kernels forward, two to four backward.
+
+    xa = alpha (mask * x) A^T      shrink              y = base_out + xa B^T      expand
+    dyb = alpha dy B, dB           bwd_lora_b; shrink  dA, dx = mask * (dyb A)    bwd_dx_lora_a; bwd_lora_a, expand
+
+Without a mask dA and dx share nothing but dyb, which is small: one kernel for both would read and write what two do.
+Imports `kernels`, hence triton; itself imported only inside the implementations in `ops.branch`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
+from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
+from lora_kernels.kernels.expand import expand
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.ops._low_rank_triton import from_dy, launch_scope, threshold_and_scale
+from lora_kernels.ops._needs import BranchNeeds
+from lora_kernels.planning import BranchPlan, Plan
+
+
+def _sides(plan: BranchPlan) -> tuple[Plan, Plan]:
+    assert plan.x_side is not None and plan.out_side is not None
+    return plan.x_side, plan.out_side
+
+
+def forward(
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    plan: BranchPlan,
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N] in base_out's dtype, xa [M, R] in lora_A's with alpha inside) for x [M, K], M >= 1."""
+    x_side, out_side = _sides(plan)
+    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
+    with launch_scope(x):
+        xa = shrink(
+            x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=x_side.xa_splits,
+            precision=x_side.precision, tile=x_side.tile("shrink"),
+        )  # fmt: skip
+        y = expand(
+            base=base_out, s=xa, e=lora_B.T, out_dtype=base_out.dtype, precision=out_side.precision,
+            tile=out_side.tile("expand"),
+        )  # fmt: skip
+    return y, xa
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    needs: BranchNeeds,
+    plan: BranchPlan,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, lora_A, lora_B; None where not needed. What a needed one reads is there; M >= 1."""
+    x_side, out_side = _sides(plan)
+    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
+    dx = d_lora_A = None
+    with launch_scope(dy):
+        dyb, d_lora_B, _ = from_dy(
+            dy, lora_B, xa if needs.lora_B else None, None, scale, out_side, needs_dyb=needs.x or needs.lora_A
+        )
+        if needs.x and seed is not None:
+            assert dyb is not None
+            dx, d_lora_A = bwd_dx_lora_a(
+                x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold, dx_dtype=x_dtype,
+                splits=x_side.dx_lora_A_splits, precision=x_side.precision, tile=x_side.tile("bwd_dx_lora_a_dropout"),
+            )  # fmt: skip
+        elif needs.lora_A:
+            assert x is not None and dyb is not None
+            d_lora_A = bwd_lora_a(
+                x=x, dyb=dyb, seed=seed, threshold=threshold, splits=x_side.d_lora_A_splits,
+                precision=x_side.precision, tile=x_side.tile("bwd_lora_a"),
+            )  # fmt: skip
+        if needs.x and dx is None:
+            assert dyb is not None
+            dx = expand(
+                base=None, s=dyb, e=lora_A, out_dtype=x_dtype, precision=x_side.precision, tile=x_side.tile("expand")
+            )
+    return dx, d_lora_A, d_lora_B

@@ -1,0 +1,61 @@
+"""What the `triton` backends share: the launch scope, the factor of a mask, and what the backward needs from dy.
+
+Imports `kernels`, hence triton; itself imported only inside the implementations in `ops`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lora_kernels.kernels.bwd_lora_b import LoRABGradients, bwd_lora_b
+from lora_kernels.kernels.interpreter import is_interpreting, repaired
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.planning import Plan
+from lora_kernels.reference.philox import dropout_scale, dropout_threshold
+
+
+def launch_scope(t: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be t's; interpreted, its numpy arithmetic needs repair."""
+    if t.is_cuda:
+        return torch.cuda.device(t.device)
+    return repaired() if is_interpreting() else nullcontext()
+
+
+def threshold_and_scale(seed: Tensor | None, scaling: float, dropout_p: float) -> tuple[int, float]:
+    """(what a kept 16-bit value is at least, scaling / (1 - p)); no seed is no dropout."""
+    if seed is None:
+        return 0, scaling
+    return dropout_threshold(dropout_p), scaling * dropout_scale(dropout_p)
+
+
+def from_dy(
+    dy: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    scale: float,
+    plan: Plan,
+    *,
+    needs_dyb: bool,
+) -> LoRABGradients:
+    """dyb, dB and db: from one read of dy where the plan says so, else dyb from a second.
+
+    None where not asked for: xa None asks for no dB. A bias without any of the others is left to a plain sum.
+    """
+    one_read = needs_dyb and plan.dy_reads == 1
+    found = LoRABGradients(None, None, None)
+    if one_read or xa is not None:
+        found = bwd_lora_b(
+            dy=dy, lora_B=lora_B, xa=xa, bias_dtype=bias_dtype, needs_dyb=one_read, scale=scale,
+            splits=plan.d_lora_B_splits, precision=plan.precision, tile=plan.tile("bwd_lora_b"),
+        )  # fmt: skip
+    if needs_dyb and found.dyb is None:
+        dyb = shrink(
+            x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale, splits=plan.dyb_splits,
+            precision=plan.precision, tile=plan.tile("shrink"),
+        )  # fmt: skip
+        return found._replace(dyb=dyb)
+    return found
