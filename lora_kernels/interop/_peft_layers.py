@@ -47,7 +47,7 @@ class FusedLayer:
         """PEFT's forward; adapter_names and other arguments are left to it."""
         if not isinstance(self, FusedLayer):
             # accelerate keeps a layer's bound forward: it may outlive the patch.
-            return type(self).forward(self, x, *args, **kwargs)
+            return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
         if not args and not kwargs:
             adapter, _ = servable_adapter(self)
             if adapter is not None:
