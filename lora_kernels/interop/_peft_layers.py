@@ -8,7 +8,7 @@ counter or a cached decision on the layer would make torch.compile trace again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners import lora
@@ -26,16 +26,11 @@ LINEAR = "lora_linear"
 # Under torch.export and in shape inference, parameters are FakeTensors, which behave as plain ones.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
-
-class Adapter(NamedTuple):
-    """The one active adapter of a layer, whose term is scaling * B(A(drop(x)))."""
-
-    name: str
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float | Tensor
-    dropout_p: float
+# On a CPU, a call whose base product has fewer multiply-adds than this runs PEFT's forward: PyTorch's small operations
+# then cost less than the Python of one of ours, and masks are drawn once instead of computed twice. By the bits of the
+# dtype and whether x is dropped; python -m bench.peft_step prints the ratios on both sides.
+SMALL_CALL = {(32, False): 1 << 26, (32, True): 1 << 28, (16, False): 1 << 22, (16, True): 1 << 24}
+_SMALL_IN_ANY_CASE, _LARGE_IN_ANY_CASE = min(SMALL_CALL.values()), max(SMALL_CALL.values())
 
 
 class FusedLayer:
@@ -48,7 +43,7 @@ class FusedLayer:
         if not isinstance(self, FusedLayer):
             # accelerate keeps a layer's bound forward: it may outlive the patch.
             return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        if not args and not kwargs:
+        if not args and not kwargs and not is_small(self, x):
             adapter, _ = servable_adapter(self)
             if adapter is not None:
                 operation, _ = operation_for(self, adapter, x)
@@ -56,18 +51,19 @@ class FusedLayer:
                     return self._fused_forward(x, adapter, operation)
         return self._stock_class.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def _fused_forward(self: Any, x: Tensor, adapter: Adapter, operation: str) -> Tensor:
+    def _fused_forward(self: Any, x: Tensor, adapter: str, operation: str) -> Tensor:
         """What replaces PEFT's forward: the whole layer's output with this adapter, in one operation."""
-        base = self._modules["base_layer"]
-        weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+        modules = self._modules
+        base, linear_B = modules["base_layer"], modules["lora_B"]._modules[adapter]
+        lora_A, lora_B = _tensor(modules["lora_A"]._modules[adapter], "weight"), _tensor(linear_B, "weight")
+        weight, bias, lora_bias = _tensor(base, "weight"), _tensor(base, "bias"), _tensor(linear_B, "bias")
+        scaling, dropout_p = self.scaling[adapter], _active_p(modules["lora_dropout"]._modules[adapter])
         if type(base) is Conv1D:
             weight = weight.T
-        if adapter.bias is not None:
-            term = adapter.scaling * adapter.bias
+        if lora_bias is not None:
+            term = scaling * lora_bias
             bias = term if bias is None else bias + term
-        return lora_linear(
-            x, weight, adapter.lora_A, adapter.lora_B, bias, scaling=adapter.scaling, dropout_p=adapter.dropout_p
-        )
+        return lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p)
 
 
 class Linear(FusedLayer, lora.Linear):  # type: ignore[misc]
@@ -104,12 +100,24 @@ def outlook(layer: Any, within: str) -> tuple[str | None, str]:
     return (None, why) if adapter is None else operation_for(layer, adapter, None)
 
 
-# The two functions below run at each call. They read _modules and _parameters, since an attribute of a module takes
-# 0.6 to 0.9 us to look up and a call has thirty of them.
+# What follows runs at each call. It reads _modules and _parameters, since an attribute of a module takes 0.6 to 0.9 us
+# to look up, and a call has thirty of them.
 
 
-def servable_adapter(layer: Any) -> tuple[Adapter | None, str]:
-    """(the one active adapter, "") where its term is scaling * B(A(drop(x))); else (None, why not)."""
+def is_small(layer: Any, x: Tensor) -> bool:
+    """Whether PEFT's forward is the faster one by the size of the call. A compiled call has no Python to save."""
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return False
+    work: int = x.numel() * layer.out_features
+    if not _SMALL_IN_ANY_CASE <= work < _LARGE_IN_ANY_CASE:
+        return work < _SMALL_IN_ANY_CASE
+    bits = 16 if x.dtype in _checks.HALF or torch.is_autocast_enabled("cpu") else 32
+    drops = layer.training and any(type(dropout) is nn.Dropout for dropout in layer.lora_dropout.values())
+    return work < SMALL_CALL[bits, drops]
+
+
+def servable_adapter(layer: Any) -> tuple[str | None, str]:
+    """(name, "") of the one active adapter where its term is scaling * B(A(drop(x))); else (None, why not)."""
     if layer._disable_adapters:
         return None, "adapters are disabled"
     if layer.merged_adapters:
@@ -125,43 +133,41 @@ def servable_adapter(layer: Any) -> tuple[Adapter | None, str]:
     if _has_any_global_hook():
         return None, "torch has global module hooks"
     linear_A, linear_B = of_A[name], modules["lora_B"]._modules[name]
-    dropout = modules["lora_dropout"]._modules[name]
     for part, module in (("lora_A", linear_A), ("lora_B", linear_B)):
         if type(module) is not nn.Linear:
             return None, f"{part} is a {type(module).__name__}"
         if why := _own_call(module):
             return None, f"{part} {why}"
+        if type(weight := _tensor(module, "weight")) not in _PLAIN:
+            return None, f"{part} holds a {type(weight).__name__}"
     if _tensor(linear_A, "bias") is not None:
         return None, "lora_A has a bias"
-    lora_A, lora_B, bias = _tensor(linear_A, "weight"), _tensor(linear_B, "weight"), _tensor(linear_B, "bias")
-    if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
-        return None, f"lora_A holds a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
-    if lora_A.shape[0] > MAX_RANK:
+    if _tensor(linear_A, "weight").shape[0] > MAX_RANK:
         return None, f"its rank is above {MAX_RANK}"
-    if why := _own_call(dropout):
-        return None, f"its dropout {why}"
-    if type(dropout) is nn.Identity:
-        dropout_p = 0.0
-    elif type(dropout) is nn.Dropout:
+    dropout = modules["lora_dropout"]._modules[name]
+    if type(dropout) is nn.Dropout:
         if dropout.inplace or dropout.p >= 1:
             return None, "its dropout works in place or drops everything"
-        dropout_p = dropout.p if dropout.training else 0.0
-    else:
+    elif type(dropout) is not nn.Identity:
         return None, f"its dropout is a {type(dropout).__name__}"
+    if why := _own_call(dropout):
+        return None, f"its dropout {why}"
     scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor) and (scaling.dim() != 0 or scaling.requires_grad):
-        return None, "its scaling is trained, or more than one number"
-    return Adapter(name, lora_A, lora_B, bias, scaling, dropout_p), ""
+    if isinstance(scaling, Tensor) and scaling.dim() != 0:
+        return None, "its scaling is more than one number"
+    return name, ""
 
 
-def operation_for(layer: Any, adapter: Adapter, x: Tensor | None) -> tuple[str | None, str]:
+def operation_for(layer: Any, adapter: str, x: Tensor | None) -> tuple[str | None, str]:
     """(operation, why not lora_linear) for x; without x, for one in the weight's dtype."""
-    base = layer._modules["base_layer"]
+    modules = layer._modules
+    base = modules["base_layer"]
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return None, f"the base layer is a {type(base).__name__}"
     if why := _own_call(base):
         return None, f"the base layer {why}"
-    weight, bias, lora_A, lora_B = _tensor(base, "weight"), _tensor(base, "bias"), adapter.lora_A, adapter.lora_B
+    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    lora_A, lora_B = (_tensor(modules[part]._modules[adapter], "weight") for part in ("lora_A", "lora_B"))
     if type(weight) not in _PLAIN:
         return None, f"the base layer holds a {type(weight).__name__}"
     x = weight if x is None else x
@@ -192,6 +198,10 @@ def _own_call(module: nn.Module) -> str:
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return "has hooks"
     return ""
+
+
+def _active_p(dropout: nn.Module) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
