@@ -12,16 +12,21 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.aqlm import AqlmLoraLinear as StockAqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear as StockAwqLoraLinear
+from peft.tuners.lora.te import TeLinear as StockTeLinear
+from peft.tuners.lora.torchao import TorchaoLoraLinear as StockTorchaoLoraLinear
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.functional import _checks
+from lora_kernels.functional.branch import lora_branch
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.planning.tiles import MAX_RANK
 
-LINEAR = "lora_linear"
+LINEAR, BRANCH = "lora_linear", "lora_branch"
 
 # Under torch.export and in shape inference, parameters are FakeTensors, which behave as plain ones.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
@@ -37,6 +42,9 @@ class FusedLayer:
     """Mixed into a LoRA layer class of PEFT: forward as one operation where that is possible, PEFT's where not."""
 
     _stock_class: ClassVar[Any]
+    _base: ClassVar[str] = "base_layer"
+    # Whether PEFT's forward gives the wider of the base's dtype and autocast's; else it gives the base's.
+    _promotes: ClassVar[bool] = False
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward; adapter_names and other arguments are left to it."""
@@ -54,14 +62,24 @@ class FusedLayer:
     def _fused_forward(self: Any, x: Tensor, adapter: str, operation: str) -> Tensor:
         """What replaces PEFT's forward: the whole layer's output with this adapter, in one operation."""
         modules = self._modules
-        base, linear_B = modules["base_layer"], modules["lora_B"]._modules[adapter]
+        base, linear_B = modules[self._base], modules["lora_B"]._modules[adapter]
         lora_A, lora_B = _tensor(modules["lora_A"]._modules[adapter], "weight"), _tensor(linear_B, "weight")
-        weight, bias, lora_bias = _tensor(base, "weight"), _tensor(base, "bias"), _tensor(linear_B, "bias")
         scaling, dropout_p = self.scaling[adapter], _active_p(modules["lora_dropout"]._modules[adapter])
+        lora_bias = _tensor(linear_B, "bias")
+        term = None if lora_bias is None else scaling * lora_bias
+        if operation == BRANCH:
+            base_out: Tensor = base(x)
+            dtype = base_out.dtype
+            if self._promotes and torch.is_autocast_enabled():
+                dtype = torch.promote_types(dtype, torch.get_autocast_dtype("cuda"))
+                base_out = base_out.to(dtype)
+            if term is not None:
+                base_out = base_out + term
+            return lora_branch(base_out, x, lora_A, lora_B, scaling=scaling, dropout_p=dropout_p).to(dtype)
+        weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
         if type(base) is Conv1D:
             weight = weight.T
-        if lora_bias is not None:
-            term = scaling * lora_bias
+        if term is not None:
             bias = term if bias is None else bias + term
         return lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p)
 
@@ -72,9 +90,53 @@ class Linear(FusedLayer, lora.Linear):  # type: ignore[misc]
     _stock_class = lora.Linear
 
 
+class TorchaoLoraLinear(FusedLayer, StockTorchaoLoraLinear):  # type: ignore[misc]
+    """peft.tuners.lora.torchao.TorchaoLoraLinear: its base is an nn.Linear whose weight is a tensor subclass."""
+
+    _stock_class = StockTorchaoLoraLinear
+
+
+class TeLinear(FusedLayer, StockTeLinear):  # type: ignore[misc]
+    """peft.tuners.lora.te.TeLinear, over TransformerEngine's layers."""
+
+    _stock_class = StockTeLinear
+
+
+class GPTQLoraLinear(FusedLayer, lora.GPTQLoraLinear):  # type: ignore[misc]
+    """peft.tuners.lora.gptq.GPTQLoraLinear."""
+
+    _stock_class = lora.GPTQLoraLinear
+    _base = "quant_linear_module"
+
+
+class AwqLoraLinear(FusedLayer, StockAwqLoraLinear):  # type: ignore[misc]
+    """peft.tuners.lora.awq.AwqLoraLinear."""
+
+    _stock_class = StockAwqLoraLinear
+    _base = "quant_linear_module"
+    _promotes = True
+
+
+class AqlmLoraLinear(FusedLayer, StockAqlmLoraLinear):  # type: ignore[misc]
+    """peft.tuners.lora.aqlm.AqlmLoraLinear."""
+
+    _stock_class = StockAqlmLoraLinear
+    _promotes = True
+
+
+_FUSED: dict[type, type] = {
+    fused._stock_class: fused
+    for fused in (Linear, TorchaoLoraLinear, TeLinear, GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear)
+}
+
+
 def fused_class(stock: type) -> type | None:
     """Our class for one of PEFT's; None for every other."""
-    return Linear if stock is lora.Linear else None
+    if stock.__module__ == "peft.tuners.lora.bnb":  # importing it imports bitsandbytes
+        from lora_kernels.interop import _peft_bnb_layers
+
+        return _peft_bnb_layers.FUSED.get(stock)
+    return _FUSED.get(stock)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
@@ -161,34 +223,45 @@ def servable_adapter(layer: Any) -> tuple[str | None, str]:
 def operation_for(layer: Any, adapter: str, x: Tensor | None) -> tuple[str | None, str]:
     """(operation, why not lora_linear) for x; without x, for one in the weight's dtype."""
     modules = layer._modules
-    base = modules["base_layer"]
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return None, f"the base layer is a {type(base).__name__}"
-    if why := _own_call(base):
-        return None, f"the base layer {why}"
-    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    base = modules[layer._base]
     lora_A, lora_B = (_tensor(modules[part]._modules[adapter], "weight") for part in ("lora_A", "lora_B"))
-    if type(weight) not in _PLAIN:
-        return None, f"the base layer holds a {type(weight).__name__}"
-    x = weight if x is None else x
+    why_not_linear = _own_base(base)
+    if x is None:
+        x = lora_A if why_not_linear else _tensor(base, "weight")
     if type(x) not in _PLAIN:
         return None, f"x is a {type(x).__name__}"
-    device = x.device
-    if x.is_meta or not device == weight.device == lora_A.device == lora_B.device:
-        return None, "its tensors are on several devices, or on meta"
-    dtype, base_dtype, adapter_dtype = x.dtype, weight.dtype, lora_A.dtype
-    if not (bias is None or bias.dtype == base_dtype) or lora_B.dtype != adapter_dtype:
-        return None, "the base layer or the adapter is of mixed dtypes"
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        if any(found not in _checks.COMPUTED for found in (dtype, base_dtype, adapter_dtype)):
-            return None, f"autocast casts not all of {_names(dtype, base_dtype, adapter_dtype)}"
-    elif (
-        dtype not in (_checks.LAYER_DTYPES if device.type == "cpu" else _checks.COMPUTED)
-        or base_dtype != dtype
-        or (adapter_dtype != dtype and (adapter_dtype != torch.float32 or not layer.cast_input_dtype_enabled))
-    ):
-        return None, f"its dtypes are {_names(dtype, base_dtype, adapter_dtype)}"
-    return LINEAR, ""
+    device, dtype, adapter_dtype = x.device, x.dtype, lora_A.dtype
+    if x.is_meta or not device == lora_A.device == lora_B.device:
+        return None, "x and the adapter are on several devices, or on meta"
+    if lora_B.dtype != adapter_dtype:
+        return None, "lora_A and lora_B are of two dtypes"
+    autocast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    if autocast:
+        if dtype not in _checks.COMPUTED or adapter_dtype not in _checks.COMPUTED:
+            return None, f"autocast leaves one of {_name(dtype)} x and {_name(adapter_dtype)} adapter as it is"
+    elif dtype not in (_checks.LAYER_DTYPES if device.type == "cpu" else _checks.COMPUTED):
+        return None, f"x is {_name(dtype)}"
+    elif adapter_dtype != dtype and (adapter_dtype != torch.float32 or not layer.cast_input_dtype_enabled):
+        return None, f"x is {_name(dtype)}, the adapter {_name(adapter_dtype)}"
+    if not why_not_linear:
+        weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+        base_dtype = weight.dtype
+        if weight.device != device or (bias is not None and bias.dtype != base_dtype):
+            why_not_linear = "the base layer is on another device, or of two dtypes"
+        elif base_dtype not in _checks.COMPUTED if autocast else base_dtype != dtype:
+            why_not_linear = f"x is {_name(dtype)}, the base layer {_name(base_dtype)}"
+    return (BRANCH, why_not_linear) if why_not_linear else (LINEAR, "")
+
+
+def _own_base(base: nn.Module) -> str:
+    """Why the base layer is not x W^T + b of plain tensors, or ""."""
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"the base layer is a {type(base).__name__}"
+    if why := _own_call(base):
+        return f"the base layer {why}"
+    if type(weight := _tensor(base, "weight")) not in _PLAIN:
+        return f"the base layer holds a {type(weight).__name__}"
+    return ""
 
 
 def _own_call(module: nn.Module) -> str:
@@ -210,6 +283,5 @@ def _tensor(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _names(x: torch.dtype, weight: torch.dtype, adapter: torch.dtype) -> str:
-    x_name, weight_name, adapter_name = (str(dtype).removeprefix("torch.") for dtype in (x, weight, adapter))
-    return f"{x_name} x, {weight_name} weight, {adapter_name} adapter"
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -126,7 +126,7 @@ SITUATIONS = {
     "dropout in place": (dropout_in_place, "its dropout works in place or drops everything"),
     "tensor subclass in A": (subclass_in_lora_A, "lora_A holds a Tagged"),
     "scaling per row": (scaling_of_each_row, "its scaling is more than one number"),
-    "16-bit adapter, fp32 base": (bf16_adapters, "float32 x, float32 weight, bfloat16 adapter"),
+    "16-bit adapter, fp32 base": (bf16_adapters, "x is float32, the adapter bfloat16"),
 }
 situations = pytest.mark.parametrize(("change", "reason"), SITUATIONS.values(), ids=SITUATIONS)
 
