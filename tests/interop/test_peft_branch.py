@@ -60,9 +60,12 @@ class Int8(nn.Linear):
 
 
 class Wrapped(torch.Tensor):
-    """What torchao does to a weight, without the quantisation: a subclass that torch's functions accept."""
+    """What torchao does to a weight, without the quantisation: a subclass whose products are plain tensors."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) if func is nn.functional.linear else out
 
 
 def four_bit(dtype, compress=False):
