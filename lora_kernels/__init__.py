@@ -17,6 +17,12 @@ from lora_kernels.functional import (
     lora_branch as lora_branch,
     lora_linear as lora_linear,
 )
+from lora_kernels.interop import (
+    PatchReport as PatchReport,
+    PatchRow as PatchRow,
+    patch_peft as patch_peft,
+    unpatch_peft as unpatch_peft,
+)
 from lora_kernels.nn import LoRALinear as LoRALinear
 from lora_kernels.planning import Plan as Plan
 

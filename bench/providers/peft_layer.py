@@ -21,7 +21,7 @@ from lora_kernels.benchmarking.providers import CaseInputs, Provider
 def _not_installed() -> str | None:
     # peft imports both at once; a find_spec costs nothing, the import several seconds.
     missing = [name for name in ("peft", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
+    return f"not installed: {', '.join(missing)} (pip install '.[dev]')" if missing else None
 
 
 def _layer(inputs: CaseInputs, dropout_p: float) -> nn.Module:

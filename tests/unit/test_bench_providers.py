@@ -68,7 +68,7 @@ def test_peft_is_unavailable_where_it_is_not_installed(monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reason = providers.PEFT.why_not(CASE, CPU) or ""
     peft_layer._not_installed.cache_clear()
-    assert reason == "not installed: peft, transformers, accelerate (pip install '.[bench]')"
+    assert reason == "not installed: peft, transformers, accelerate (pip install '.[dev]')"
 
 
 def test_an_unknown_provider_is_named() -> None:

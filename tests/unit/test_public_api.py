@@ -15,12 +15,16 @@ NAMES = {
     "DtypeError",
     "LoRAKernelsError",
     "LoRALinear",
+    "PatchReport",
+    "PatchRow",
     "Plan",
     "ShapeError",
     "UnsupportedError",
     "explain_plan",
     "lora_branch",
     "lora_linear",
+    "patch_peft",
+    "unpatch_peft",
 }
 
 SIGNATURES = {
@@ -40,6 +44,8 @@ SIGNATURES = {
     ),
     "LoRALinear.merge": "(self)",
     "LoRALinear.unmerge": "(self)",
+    "patch_peft": "(model)",
+    "unpatch_peft": "(model)",
 }
 
 ERRORS = {
