@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from lora_kernels.adapters.report import AdapterReport, report_on
 from lora_kernels.adapters.targets import Names, Targets, check_pattern, pattern_value
@@ -174,6 +175,11 @@ def check_model(model: nn.Module, modules: Sequence[Place]) -> None:
         raise ArgumentError(
             "model must not be wrapped in DistributedDataParallel yet, which would not synchronise parameters that are "
             "added later; got a wrapped one. Add the adapter first, then wrap."
+        )
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ArgumentError(
+            f"model must have all its parameters; got {lazy[0]!r}, which has no shape yet. Call the model once first."
         )
     foreign = [place for place in modules if type(place.module).__module__.partition(".")[0] == "peft"]
     if foreign:

@@ -44,8 +44,8 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         _check_has(layers, adapter_name)
     merged = any(layer.merged for layer in layers)
     for layer in layers:
-        layer.unmerge()
         layer.set_adapter(adapter_name if adapter_name in layer.adapters else None)
+    # Layers that had no adapter until now were not merged and would not be.
     if merged and adapter_name is not None:
         merge_lora(model)
 
