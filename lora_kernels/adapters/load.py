@@ -115,10 +115,12 @@ def _stored(modules: Sequence[Place], config: LoRAConfig, weights: WeightsFile, 
         for part in PARTS:
             found[part].append(pair[part])
     stored = []
-    for name, parts in keys.items():
-        place = by_name[name]
+    for place in modules:
+        parts = keys.get(place.name)
+        if parts is None:
+            continue
         check_adaptable([place])
-        settings = config.settings(name, backend)
+        settings = config.settings(place.name, backend)
         k, n = features(place.module)
         for part, shape in zip(PARTS, ((settings.r, k), (n, settings.r)), strict=True):
             for key in parts[part]:
