@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,7 +176,8 @@ def check_model(model: nn.Module, modules: Sequence[Place]) -> None:
             "model must not be wrapped in DistributedDataParallel yet, which would not synchronise parameters that are "
             "added later; got a wrapped one. Add the adapter first, then wrap."
         )
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters()
+    lazy = [name for name, parameter in parameters if is_lazy(parameter)]
     if lazy:
         raise ArgumentError(
             f"model must have all its parameters; got {lazy[0]!r}, which has no shape yet. Call the model once first."

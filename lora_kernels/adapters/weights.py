@@ -59,6 +59,8 @@ class WeightsFile:
                     f"{_short(module)}.{hint} Was the adapter trained on another model?"
                 )
             found.setdefault(module, {})[part] = key
+        if not found:
+            raise AdapterFileError(f"{self.path}: expected lora_A and lora_B of at least one module; found no keys.")
         for module, keys in found.items():
             for part in PARTS:
                 if part not in keys:
@@ -123,21 +125,25 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
     """
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as file:
-        start = file.read(4)
-    # torch.save writes a zip archive, and before version 1.6 a bare pickle of protocol 2.
-    if start == b"PK\x03\x04" or start[:2] == b"\x80\x02":
-        raise AdapterFileError(
-            f"{path}: expected safetensors; found a pickle, which runs code when it is loaded. {_CONVERT}"
-        )
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             yield WeightsFile(path, handle)
     except (SafetensorError, UnicodeError) as error:
+        if _looks_like_a_pickle(path):
+            raise AdapterFileError(
+                f"{path}: expected safetensors; found a pickle, which runs code when it is loaded. {_CONVERT}"
+            ) from None
         raise AdapterFileError(
             f"{path}: expected a complete safetensors file; found {path.stat().st_size:,} bytes with this "
             f"fault: {error}. Copy or download it again."
         ) from None
+
+
+def _looks_like_a_pickle(path: Path) -> bool:
+    """torch.save's zip archive, or a bare pickle of protocol 2 or later."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def check_present(directory: Path, config_name: str) -> tuple[Path, Path]:
