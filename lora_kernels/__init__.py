@@ -3,6 +3,18 @@
 y = x W^T + b + (alpha / r) B (A drop(x))
 """
 
+from lora_kernels.adapters import (
+    AdaptedModule as AdaptedModule,
+    AdapterReport as AdapterReport,
+    add_lora as add_lora,
+    delete_adapter as delete_adapter,
+    load_lora as load_lora,
+    merge_lora as merge_lora,
+    save_lora as save_lora,
+    set_adapter as set_adapter,
+    unload_lora as unload_lora,
+    unmerge_lora as unmerge_lora,
+)
 from lora_kernels.errors import (
     AdapterFileError as AdapterFileError,
     ArgumentError as ArgumentError,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, cast
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,22 @@ from torch.nn import functional as F
 from lora_kernels.errors import ArgumentError, DeviceError, DtypeError
 from lora_kernels.functional import _checks
 from lora_kernels.functional.linear import lora_linear
+from lora_kernels.nn.adapter import (
+    DEFAULT,
+    NO_ADAPTER,
+    AdapterSettings,
+    InitLoRAWeights,
+    NamedAdapter,
+    check_adapter_name,
+    child_name,
+    initialise,
+    new_parameters,
+    obstacle,
+    resolve_adapter_dtype,
+)
 
-InitLoRAWeights = bool | Literal["gaussian"]
+# What the layer shows as its own attributes, of the adapter that is active.
+NUMBERS = tuple(field.name for field in fields(AdapterSettings) if field.name != "trains")
 
 
 class LoRALinear(nn.Linear):
@@ -39,6 +53,15 @@ class LoRALinear(nn.Linear):
         weight [N, K], bias [N]: frozen (`requires_grad` False; set it to train them, and they get gradients).
         lora_A [R, K], lora_B [N, R]: trainable.
         merged: whether weight holds W + scaling B A.
+        active_adapter: name of the adapter whose numbers and parameters the attributes show; a new layer's only one is
+            called "default". None where none is active: r is 0 then, and the layer computes its base.
+        adapters: the names of all of them.
+
+    Several adapters:
+        `add_adapter` puts another one over the same base, `set_adapter` switches. An adapter called "french" keeps its
+        parameters in the child `adapter_french` whether it is active or not, so names and state_dict keys never change,
+        and each parameter stays the same object for its optimiser. Inactive adapters require no gradient; what they
+        required before comes back with them.
 
     Raises:
         ArgumentError: a size, the rank, alpha, dropout, init scheme or backend is out of range.
@@ -60,8 +83,19 @@ class LoRALinear(nn.Linear):
         768
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    init_lora_weights: InitLoRAWeights
+    backend: str
+    scaling: float | Tensor
+    active_adapter: str | None
+    _named: NamedAdapter | None
+    _settings: dict[str, AdapterSettings]
+    _merged: bool
+    _plain_class: type[nn.Module] = nn.Linear  # what `release` makes of the layer
+    fan_in_fan_out = False  # PEFT's name for a weight that is stored as [K, N]
 
     def __init__(
         self,
@@ -81,8 +115,15 @@ class LoRALinear(nn.Linear):
     ) -> None:
         _checks.check_features("in_features", in_features)
         _checks.check_features("out_features", out_features)
-        adapter_dtype = _adapter_dtype(torch.get_default_dtype() if dtype is None else dtype, adapter_dtype)
-        self._configure(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend)
+        adapter_dtype = resolve_adapter_dtype(torch.get_default_dtype() if dtype is None else dtype, adapter_dtype)
+        settings = AdapterSettings.checked(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            backend=backend,
+        )
         # nn.Linear's constructor calls reset_parameters, which here needs the adapters; so the parameters are made by
         # hand.
         nn.Module.__init__(self)
@@ -94,7 +135,8 @@ class LoRALinear(nn.Linear):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        self._make_adapter(adapter_dtype)
+        self._start()
+        self._attach(DEFAULT, settings, *self._new_parameters(r, adapter_dtype))
         self.reset_parameters()
 
     @classmethod
@@ -130,36 +172,208 @@ class LoRALinear(nn.Linear):
             ArgumentError: as for the class.
         """
         _check_plain(linear)
-        adapter_dtype = _adapter_dtype(linear.weight.dtype, adapter_dtype)
+        adapter_dtype = resolve_adapter_dtype(linear.weight.dtype, adapter_dtype)
+        settings = AdapterSettings.checked(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            backend=backend,
+        )
         layer = cls.__new__(cls)
-        layer._configure(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
-        layer._make_adapter(adapter_dtype)
+        layer._start()
+        layer._attach(DEFAULT, settings, *layer._new_parameters(r, adapter_dtype))
         layer.reset_lora_parameters()
         return layer.train(linear.training)
 
-    def _configure(
-        self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, init: InitLoRAWeights, backend: str
-    ) -> None:
-        _checks.check_rank("r", r)
-        _checks.check_finite("lora_alpha", lora_alpha)
-        _checks.check_dropout_p(lora_dropout, "lora_dropout")
-        _checks.check_backend(backend)
-        if init not in (True, False, "gaussian"):
-            raise ArgumentError(f"init_lora_weights must be True, False or 'gaussian'; got {init!r}.")
-        # nn.Module.__setattr__ works before nn.Module.__init__ for plain values, and __init__ keeps them.
-        self.r, self.lora_alpha, self.lora_dropout, self.backend = r, lora_alpha, float(lora_dropout), backend
-        self.use_rslora, self.init_lora_weights = use_rslora, init
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+    def _start(self) -> None:
+        """No adapter yet."""
+        self._settings, self._merged = {}, False
+        self._show(None, NO_ADAPTER)
 
-    def _make_adapter(self, dtype: torch.dtype) -> None:
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.empty((self.r, self.in_features), device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty((self.out_features, self.r), device=device, dtype=dtype))
+    def _new_parameters(self, r: int, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
+        return new_parameters(self.in_features, self.out_features, r, device=self.weight.device, dtype=dtype)
+
+    def _show(self, name: str | None, settings: AdapterSettings) -> None:
+        """Makes the attributes those of an adapter."""
+        self.active_adapter = name
+        # The module itself, past nn.Module.__setattr__, which would register it a second time: a compiled forward
+        # that read it by its name would be compiled again for each name.
+        self.__dict__["_named"] = None if name in (None, DEFAULT) else self._modules[child_name(name)]
+        for number in NUMBERS:
+            setattr(self, number, getattr(settings, number))
+
+    def _attach(self, name: str, settings: AdapterSettings, lora_A: nn.Parameter, lora_B: nn.Parameter) -> None:
+        """Adds an adapter with these parameters, and makes it the active one."""
+        merged = self.merged
+        self._leave()
+        if name == DEFAULT:
+            self.register_parameter("lora_A", lora_A)
+            self.register_parameter("lora_B", lora_B)
+        else:
+            self.add_module(child_name(name), NamedAdapter(lora_A, lora_B).train(self.training))
+            if merge_again not in self._load_state_dict_post_hooks.values():
+                self.register_load_state_dict_post_hook(merge_again)  # type: ignore[no-untyped-call]
+        self._settings[name] = replace(settings, trains=(lora_A.requires_grad, lora_B.requires_grad))
+        self._show(name, settings)
+        if merged:
+            self.merge()
+
+    def _leave(self) -> None:
+        """No adapter is active; the one that was keeps its numbers, and what is to be trained of it."""
+        self.unmerge()
+        if self.active_adapter is not None:
+            self._settings[self.active_adapter] = self._active_settings()
+            self.lora_A.requires_grad_(False)
+            self.lora_B.requires_grad_(False)
+        self._show(None, NO_ADAPTER)
+
+    def _active_settings(self) -> AdapterSettings:
+        numbers = {number: getattr(self, number) for number in NUMBERS}
+        return AdapterSettings(**numbers, trains=(self.lora_A.requires_grad, self.lora_B.requires_grad))
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """[R, K], the active adapter's."""
+        return self._adapter_parameter("lora_A")
+
+    @lora_A.setter
+    def lora_A(self, value: nn.Parameter) -> None:
+        # nn.Module.__setattr__ registers a Parameter before it comes here; nn.DataParallel's replicas hold tensors.
+        self._parameters["lora_A"] = value
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """[N, R], the active adapter's."""
+        return self._adapter_parameter("lora_B")
+
+    @lora_B.setter
+    def lora_B(self, value: nn.Parameter) -> None:
+        self._parameters["lora_B"] = value
+
+    def _adapter_parameter(self, name: str) -> nn.Parameter:
+        named = self._named
+        try:
+            return cast(nn.Parameter, self._parameters[name] if named is None else getattr(named, name))
+        except KeyError:
+            raise AttributeError(f"{name}: this layer has no active adapter; call set_adapter.") from None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of this layer's adapters, in the order in which they were added."""
+        return tuple(self._settings)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: InitLoRAWeights = True,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """Puts another adapter over the same base, and makes it the active one; arguments as for the class.
+
+        Raises:
+            ArgumentError: the layer has an adapter of this name; a number is out of range.
+            DtypeError: adapter_dtype is neither the weight's dtype nor float32.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self._settings:
+            raise ArgumentError(
+                f"adapter_name must be new to the layer; it has {list(self._settings)}; got {adapter_name!r}. "
+                "Choose another name, or delete_adapter first."
+            )
+        settings = AdapterSettings.checked(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            backend=backend,
+        )
+        lora_A, lora_B = self._new_parameters(r, resolve_adapter_dtype(self.weight.dtype, adapter_dtype))
+        initialise(lora_A, lora_B, init_lora_weights)
+        self._attach(adapter_name, settings, lora_A, lora_B)
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Makes an adapter the active one, or none with None; a merged layer is merged again with it.
+
+        Raises:
+            ArgumentError: the layer has no adapter of this name.
+        """
+        if adapter_name == self.active_adapter:
+            return
+        if adapter_name is not None:
+            self._check_has(adapter_name)
+        merged = self.merged
+        self._leave()
+        if adapter_name is not None:
+            settings = self._settings[adapter_name]
+            self._show(adapter_name, settings)
+            for parameter, trains in zip((self.lora_A, self.lora_B), settings.trains, strict=True):
+                parameter.requires_grad_(trains)
+        if merged:
+            self.merge()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter and its parameters; if it was the active one, none is active then.
+
+        Raises:
+            ArgumentError: the layer has no adapter of this name.
+        """
+        self._check_has(adapter_name)
+        if adapter_name == self.active_adapter:
+            self._leave()
+        if adapter_name == DEFAULT:
+            del self._parameters["lora_A"], self._parameters["lora_B"]
+        else:
+            del self._modules[child_name(adapter_name)]
+        del self._settings[adapter_name]
+
+    @torch.no_grad()
+    def load_adapter(self, adapter_name: str, settings: AdapterSettings, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Writes into the parameters of one of the layer's adapters; of settings, what y depends on: alpha, scaling."""
+        merged = self.merged
+        self.unmerge()
+        for parameter, tensor in zip(self.adapter_parameters(adapter_name), (lora_A, lora_B), strict=True):
+            parameter.copy_(tensor)
+        now = self.adapter_settings(adapter_name)
+        scaling = settings.scaling
+        if isinstance(now.scaling, Tensor):
+            scaling = now.scaling.fill_(scaling)
+        now = replace(now, lora_alpha=settings.lora_alpha, use_rslora=settings.use_rslora, scaling=scaling)
+        self._settings[adapter_name] = now
+        if adapter_name == self.active_adapter:
+            self._show(adapter_name, now)
+        if merged:
+            self.merge()
+
+    def adapter_settings(self, adapter_name: str) -> AdapterSettings:
+        """The numbers of one of the layer's adapters."""
+        self._check_has(adapter_name)
+        return self._active_settings() if adapter_name == self.active_adapter else self._settings[adapter_name]
+
+    def adapter_parameters(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """lora_A and lora_B of one of the layer's adapters, active or not."""
+        self._check_has(adapter_name)
+        home = self if adapter_name == DEFAULT else cast(nn.Module, self._modules[child_name(adapter_name)])
+        return cast(nn.Parameter, home._parameters["lora_A"]), cast(nn.Parameter, home._parameters["lora_B"])
+
+    def _check_has(self, adapter_name: str) -> None:
+        if adapter_name not in self._settings:
+            raise ArgumentError(
+                f"adapter_name must be one of the layer's adapters, {list(self._settings)}; got {adapter_name!r}."
+            )
 
     def reset_parameters(self) -> None:
         """Unmerges, then initialises weight and bias as nn.Linear does and the adapter as `init_lora_weights` says."""
@@ -167,25 +381,24 @@ class LoRALinear(nn.Linear):
         super().reset_parameters()
         self.reset_lora_parameters()
 
-    @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Initialises the adapter only: A as PEFT's default does, B at zero unless init_lora_weights is False."""
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
+        """Initialises the active adapter: A as PEFT's default does, B at zero unless init_lora_weights is False."""
+        if self.r:
+            initialise(self.lora_A, self.lora_B, self.init_lora_weights)
+
+    @property
+    def _base_weight(self) -> Tensor:
+        """The weight as [N, K]."""
+        return self.weight.T if self.fan_in_fan_out else self.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """[*, in_features] → [*, out_features]; dropout only in training mode; a merged layer is a plain linear."""
-        if self.merged:
-            return F.linear(input, self.weight, self.bias)
+        # Not "is None": the rank is the same for many adapters, and a compiled graph holds on to what it asked.
+        if self._merged or not self.r:
+            return F.linear(input, self._base_weight, self.bias)
         return lora_linear(
             input,
-            self.weight,
+            self._base_weight,
             self.lora_A,
             self.lora_B,
             self.bias,
@@ -197,30 +410,32 @@ class LoRALinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether weight holds the sum W + scaling B A."""
-        return "unmerged_weight" in self._parameters
+        return self._merged
 
     @torch.no_grad()
     def merge(self) -> None:
-        """weight ← W + scaling B A, added in fp32 and rounded once; no-op when merged.
+        """weight ← W + scaling B A, added in fp32 and rounded once; no-op when merged, or when no adapter is active.
 
         The base weight is kept aside, so that `unmerge` restores it to the bit and a weight that other modules share is
         never written to; a merged layer holds N * K elements more. In a merged layer the adapter gets no gradient.
         """
-        if self.merged:
+        if self.merged or self.active_adapter is None:
             return
         if self.weight.is_meta:
             raise DeviceError("weight must hold data to be merged; got a meta tensor. Materialise the layer first.")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         update = (self.scaling * self.lora_B.to(wide)) @ self.lora_A.to(wide)
-        total = update.add_(self.weight).to(self.weight.dtype)
+        total = (update.T if self.fan_in_fan_out else update).add_(self.weight).to(self.weight.dtype)
         base = cast(nn.Parameter, self.weight)
         self.register_parameter("unmerged_weight", base)
         self.weight = nn.Parameter(total, requires_grad=base.requires_grad)
+        self._merged = True
 
     def unmerge(self) -> None:
         """weight ← W, the same tensor as before `merge`; no-op when not merged."""
         if self.merged:
             self.weight = self._parameters.pop("unmerged_weight")  # type: ignore[assignment]
+            self._merged = False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A merged layer saves what the unmerged one would: base and adapter, never their sum beside the adapter."""
@@ -238,35 +453,28 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The arguments that differ from a plain linear's."""
+        if self.active_adapter is None:
+            return f"{super().extra_repr()}, no active adapter"
+        named = "" if self.active_adapter == DEFAULT else f", active_adapter={self.active_adapter!r}"
         adapter = "" if self.lora_A.dtype == self.weight.dtype else f", adapter_dtype={self.lora_A.dtype}"
         return (
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
-            f"scaling={self.scaling:.4g}{adapter}{', merged' if self.merged else ''}"
+            f"scaling={self.scaling:.4g}{adapter}{named}{', merged' if self.merged else ''}"
         )
 
 
-def _adapter_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> torch.dtype:
-    """The adapters' dtype in a layer of `dtype`, both checked."""
-    if dtype not in _checks.LAYER_DTYPES:
-        raise DtypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}. Choose one of them.")
-    if adapter_dtype not in (None, dtype, torch.float32):
-        raise DtypeError(f"adapter_dtype must be the layer's dtype, {dtype}, or torch.float32; got {adapter_dtype}.")
-    return dtype if adapter_dtype is None else adapter_dtype
+def merge_again(layer: nn.Module, _incompatible_keys: Any) -> None:
+    """After load_state_dict, which loads children after their parent: a named adapter was merged too early."""
+    if isinstance(layer, LoRALinear) and layer.merged and layer._named is not None:
+        layer.unmerge()
+        layer.merge()
 
 
 def _check_plain(linear: Any) -> None:
-    """Refuses what only looks like a linear: packed or parametrized weights, layers that compute something else."""
-    hint = "Dequantise it, merge its adapter or remove its parametrization first, or adapt another layer."
-    found = type(linear).__name__
-    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
-        weight = linear._parameters.get("weight")
-        if weight is None:
-            found += " without a weight parameter"
-        elif weight.dtype in _checks.LAYER_DTYPES and weight.shape == (linear.out_features, linear.in_features):
-            return
-        else:
-            found += f" with weight {list(weight.shape)} {weight.dtype}"
-    raise DtypeError(
-        "linear must be an nn.Linear with a floating-point weight parameter [out_features, in_features]; "
-        f"got {found}. {hint}"
-    )
+    found = obstacle(linear)
+    if found is not None:
+        raise DtypeError(
+            "linear must be an nn.Linear with a floating-point weight parameter [out_features, in_features]; "
+            f"got {found}. Dequantise it, merge its adapter or remove its parametrization "
+            "first, or adapt another layer."
+        )

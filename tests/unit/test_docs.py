@@ -82,7 +82,21 @@ def test_docstring_examples_run(name):
     assert outcome.failed == 0
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "explain_plan", "LoRALinear"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AdapterReport",
+        "LoRALinear",
+        "add_lora",
+        "explain_plan",
+        "load_lora",
+        "lora_linear",
+        "merge_lora",
+        "save_lora",
+        "set_adapter",
+        "unload_lora",
+    ],
+)
 def test_public_entry_points_have_an_example(name):
     examples = doctest.DocTestFinder().find(getattr(lora_kernels, name), name)
     assert any(test.examples for test in examples)

@@ -419,7 +419,15 @@ class Quantised(nn.Module):
 
 @pytest.mark.parametrize(
     "linear",
-    [Quantised(), nn.Conv1d(K, N, 1), None, "linear", nn.Bilinear(2, 3, 4), nn.Linear(K, N).to(torch.float8_e4m3fn)],
+    [
+        Quantised(),
+        nn.Conv1d(K, N, 1),
+        None,
+        "linear",
+        nn.Bilinear(2, 3, 4),
+        nn.LazyLinear(4),
+        nn.Linear(K, N).to(torch.float8_e4m3fn),
+    ],
     ids=lambda linear: type(linear).__name__,
 )
 def test_from_what_is_no_plain_linear(linear):

@@ -9,6 +9,8 @@ import pytest
 import lora_kernels
 
 NAMES = {
+    "AdaptedModule",
+    "AdapterReport",
     "AdapterFileError",
     "ArgumentError",
     "DeviceError",
@@ -20,10 +22,18 @@ NAMES = {
     "Plan",
     "ShapeError",
     "UnsupportedError",
+    "add_lora",
+    "delete_adapter",
     "explain_plan",
+    "load_lora",
     "lora_branch",
     "lora_linear",
+    "merge_lora",
     "patch_peft",
+    "save_lora",
+    "set_adapter",
+    "unload_lora",
+    "unmerge_lora",
     "unpatch_peft",
 }
 
@@ -42,6 +52,24 @@ SIGNATURES = {
         "(linear, *, r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False, "
         "init_lora_weights=True, adapter_dtype=None, backend='auto')"
     ),
+    "add_lora": (
+        "(model, *, r=8, lora_alpha=8, target_modules, lora_dropout=0.0, exclude_modules=None, rank_pattern=None, "
+        "alpha_pattern=None, use_rslora=False, init_lora_weights=True, adapter_dtype=None, adapter_name='default', "
+        "backend='auto')"
+    ),
+    "delete_adapter": "(model, adapter_name)",
+    "load_lora": "(model, directory, *, adapter_name='default', adapter_dtype=None, backend='auto')",
+    "merge_lora": "(model)",
+    "save_lora": "(model, directory, *, adapter_name=None, base_model_name_or_path=None, task_type=None)",
+    "set_adapter": "(model, adapter_name)",
+    "unload_lora": "(model)",
+    "unmerge_lora": "(model)",
+    "LoRALinear.add_adapter": (
+        "(self, adapter_name, *, r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False, init_lora_weights=True, "
+        "adapter_dtype=None, backend='auto')"
+    ),
+    "LoRALinear.delete_adapter": "(self, adapter_name)",
+    "LoRALinear.set_adapter": "(self, adapter_name)",
     "LoRALinear.merge": "(self)",
     "LoRALinear.unmerge": "(self)",
     "patch_peft": "(model)",

@@ -1,0 +1,142 @@
+"""`save_lora`: an adapter into PEFT's two files, both or neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lora_kernels.adapters import config as config_file, weights as weights_file
+from lora_kernels.adapters.config import describe
+from lora_kernels.adapters.tree import adapter_names, lora_layers, lora_places, places
+from lora_kernels.adapters.weights import PARTS, key_of, write_weights
+from lora_kernels.errors import ArgumentError, DeviceError
+from lora_kernels.nn.adapter import AdapterSettings
+
+
+def save_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+    The config describes the layers that have the adapter and no others; PEFT loads it with from_pretrained on the same
+    base model. What is saved is the adapter, merged or not, active or not. Both files are written aside and put in
+    place together: an interruption leaves the old pair, the new pair, or a directory that does not load; never one
+    file of each.
+
+    Args:
+        model: with LoRA layers; what the keys call its modules is what `named_modules` does, without the wrappers of
+            torch.compile and torch.nn.parallel.
+        directory: where to; made if need be, other files in it stay.
+        adapter_name: which; None for the active one.
+        base_model_name_or_path: what PEFT's AutoPeftModel is to load below it; None for what a transformers model
+            says of itself.
+        task_type: for the same, such as "CAUSAL_LM".
+
+    Raises:
+        ArgumentError: the model has no such adapter, or directory is a file.
+        DeviceError: the adapter is on the meta device.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_kernels import add_lora, load_lora, save_lora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128))
+        >>> report = add_lora(model, r=4, target_modules=["0"])
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_lora(model, directory)
+        ...     report = load_lora(torch.nn.Sequential(torch.nn.Linear(64, 128)), directory)
+    """
+    name = _name_to_save(model, adapter_name)
+    adapted: dict[str, AdapterSettings] = {}
+    tensors: dict[str, Tensor] = {}
+    transposed = []
+    for place, layer in lora_places(model):
+        if name in layer.adapters:
+            if not place.name:
+                raise ArgumentError(
+                    "model must hold its LoRA layers under names, which become the file's keys; got a LoRALinear "
+                    "itself. Put it into a module."
+                )
+            adapted[place.name] = layer.adapter_settings(name)
+            transposed.append(layer.fan_in_fan_out)
+            for part, parameter in zip(PARTS, layer.adapter_parameters(name), strict=True):
+                if parameter.is_meta:
+                    raise DeviceError(f"{part} of {place.name!r} must hold data to be saved; got a meta tensor.")
+                # Copies: safetensors refuses one storage under two keys, which a module at two places has.
+                for alias in place.names:
+                    tensors[key_of(alias, part)] = parameter.detach().to("cpu", copy=True).contiguous()
+    if base_model_name_or_path is None:
+        found = getattr(model, "name_or_path", None)
+        base_model_name_or_path = found if isinstance(found, str) and found else None
+    config = describe(
+        places(model),
+        adapted,
+        fan_in_fan_out=all(transposed),
+        base_model_name_or_path=base_model_name_or_path,
+        task_type=task_type,
+    )
+    _write_pair(Path(directory), json.dumps(config, indent=2, sort_keys=True), tensors)
+
+
+def _name_to_save(model: nn.Module, adapter_name: str | None) -> str:
+    layers = lora_layers(model)
+    names = adapter_names(layers)
+    if adapter_name is None:
+        active = list(dict.fromkeys(layer.active_adapter for layer in layers if layer.active_adapter is not None))
+        if len(active) != 1:
+            raise ArgumentError(
+                f"adapter_name must say which adapter to save unless one is active; got None, the active ones are "
+                f"{active} of {names}. Name one, or call set_adapter."
+            )
+        return active[0]
+    if adapter_name not in names:
+        raise ArgumentError(f"adapter_name must be one of the model's adapters, {names}; got {adapter_name!r}.")
+    return adapter_name
+
+
+def _write_pair(directory: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
+    """Both files, or neither. A config is never beside weights of another save, whenever this is interrupted."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ArgumentError(f"directory must be a directory, or not exist yet; got the file {directory}.") from None
+    aside = Path(tempfile.mkdtemp(prefix=".lora-", dir=directory))
+    names = (config_file.NAME, weights_file.NAME)
+    old, done = [], []
+    try:
+        write_weights(tensors, aside / weights_file.NAME)
+        (aside / config_file.NAME).write_text(config, encoding="utf-8")
+        for name in names:
+            _to_disk(aside / name)
+        # A directory without a config loads as nothing: it goes first and comes last. Links are replaced, not followed.
+        for name in names:
+            if os.path.lexists(directory / name):
+                os.replace(directory / name, aside / f"{name}.old")
+                old.append(name)
+        for name in reversed(names):
+            os.replace(aside / name, directory / name)
+            done.append(name)
+    except BaseException:
+        for name in done:
+            (directory / name).unlink()
+        for name in reversed(old):
+            os.replace(aside / f"{name}.old", directory / name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Before a rename makes a file visible, its bytes are on the disk: a power cut leaves no empty file behind."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,141 @@
+"""What a LoRA layer keeps for each of its adapters: the numbers, and for all but the first kind a module of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lora_kernels.errors import ArgumentError, DtypeError
+from lora_kernels.functional import _checks
+
+InitLoRAWeights = bool | Literal["gaussian"]
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The numbers of one adapter in one layer."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    init_lora_weights: InitLoRAWeights
+    backend: str
+    scaling: float | torch.Tensor
+    # Whether lora_A and lora_B are to be trained, kept while the adapter waits and neither requires a gradient.
+    trains: tuple[bool, bool] = (True, True)
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: InitLoRAWeights = True,
+        backend: str = "auto",
+    ) -> AdapterSettings:
+        """With each number in its range, and the scaling that follows from them."""
+        _checks.check_rank("r", r)
+        _checks.check_finite("lora_alpha", lora_alpha)
+        _checks.check_dropout_p(lora_dropout, "lora_dropout")
+        _checks.check_backend(backend)
+        if init_lora_weights not in (True, False, "gaussian"):
+            raise ArgumentError(f"init_lora_weights must be True, False or 'gaussian'; got {init_lora_weights!r}.")
+        scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        return cls(r, lora_alpha, float(lora_dropout), use_rslora, init_lora_weights, backend, scaling)
+
+
+# Of a layer in which no adapter is active: a rank of 0.
+NO_ADAPTER = AdapterSettings(0, 0, 0.0, False, True, "auto", 0.0)
+
+
+class NamedAdapter(nn.Module):
+    """The parameters of an adapter with a name other than "default": lora_A [R, K] and lora_B [N, R].
+
+    A child of its layer, where it stays whether it is active or not: keys in a state_dict depend on names alone, and
+    optimisers, FSDP and functional_call find each parameter where it was.
+    """
+
+    def __init__(self, lora_A: nn.Parameter, lora_B: nn.Parameter) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = lora_A, lora_B
+
+    def extra_repr(self) -> str:
+        """The shapes."""
+        return f"lora_A={list(self.lora_A.shape)}, lora_B={list(self.lora_B.shape)}"
+
+
+def child_name(adapter_name: str) -> str:
+    """What the layer calls the child that holds the adapter."""
+    return f"adapter_{adapter_name}"
+
+
+def check_adapter_name(name: object) -> None:
+    """A name that can stand in a state_dict's keys."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ArgumentError(
+            f"adapter_name must be a non-empty string without dots, since it becomes part of the keys of a state_dict; "
+            f"got {name!r}."
+        )
+
+
+def resolve_adapter_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> torch.dtype:
+    """The adapters' dtype in a layer of `dtype`, both checked."""
+    if dtype not in _checks.LAYER_DTYPES:
+        raise DtypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}. Choose one of them.")
+    if adapter_dtype not in (None, dtype, torch.float32):
+        raise DtypeError(f"adapter_dtype must be the layer's dtype, {dtype}, or torch.float32; got {adapter_dtype}.")
+    return dtype if adapter_dtype is None else adapter_dtype
+
+
+def new_parameters(
+    in_features: int, out_features: int, r: int, *, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """lora_A [R, K] and lora_B [N, R], not yet initialised."""
+    return (
+        nn.Parameter(torch.empty((r, in_features), device=device, dtype=dtype)),
+        nn.Parameter(torch.empty((out_features, r), device=device, dtype=dtype)),
+    )
+
+
+@torch.no_grad()
+def initialise(lora_A: torch.Tensor, lora_B: torch.Tensor, init_lora_weights: InitLoRAWeights) -> None:
+    """A as PEFT's default does, B at zero unless init_lora_weights is False."""
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if init_lora_weights is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)
+
+
+def obstacle(linear: Any) -> str | None:
+    """Why a module is no plain linear: its weight is packed or parametrized, or it computes something else."""
+    found = type(linear).__name__
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        return found
+    return weight_obstacle(linear, (linear.out_features, linear.in_features))
+
+
+def weight_obstacle(module: nn.Module, shape: tuple[int, int]) -> str | None:
+    """Why a module's weight is not a plain floating-point parameter of this shape."""
+    found = type(module).__name__
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return f"{found} without a weight parameter"
+    if is_lazy(weight):
+        return f"{found} whose weight has no shape yet"
+    if weight.dtype not in _checks.LAYER_DTYPES or weight.shape != shape:
+        return f"{found} with weight {list(weight.shape)} {weight.dtype}"
+    return None
