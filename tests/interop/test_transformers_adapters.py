@@ -194,15 +194,15 @@ def test_a_tied_output_layer_stays_tied(tmp_path):
         merge_lora(model)
         torch.testing.assert_close(model(IDS).logits, y, rtol=1e-4, atol=1e-5)
     assert model.get_input_embeddings().weight is embedding
-        unmerge_lora(model)
-        assert model.lm_head.weight is embedding
-        # Merged for good, it is no longer tied, and the config has to say so.
-        merge_lora(model)
-        unload_lora(model)
-        model.config.tie_word_embeddings = False
-        model.save_pretrained(tmp_path)
-        loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    unmerge_lora(model)
+    assert model.lm_head.weight is embedding
+    # Merged for good, it is no longer tied, and the config has to say so.
+    merge_lora(model)
+    unload_lora(model)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_a_vision_model():
