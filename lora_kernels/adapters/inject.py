@@ -123,8 +123,6 @@ def add_lora(
         lora_A, lora_B = _new_parameters(place, settings.r, adapter_dtype)
         initialise(lora_A, lora_B, init_lora_weights)
         made.append(NewAdapter(place, settings, lora_A, lora_B))
-    for _, layer in lora_places(model):
-        layer.unmerge()
     attach(model, adapter_name, made)
     return report_on(model, adapter_name, targets.unmatched(modules))
 
@@ -225,7 +223,7 @@ def base_weight(place: Place) -> torch.Tensor:
 
 
 def attach(model: nn.Module, adapter_name: str, made: Sequence[NewAdapter]) -> None:
-    """Gives the modules their adapters, makes these the active ones, and freezes a model that had none."""
+    """Gives the modules their adapters, makes these the active ones, unmerged, and freezes a model that had none."""
     others = [layer for _, layer in lora_places(model)]
     if not others:
         model.requires_grad_(False)

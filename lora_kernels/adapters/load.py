@@ -97,8 +97,6 @@ def load_lora(
         for one, pair in zip(stored, tensors, strict=True):
             owners[one.place.name].load_adapter(adapter_name, one.settings, *pair)
     else:
-        for _, layer in layers:
-            layer.unmerge()
         attach(model, adapter_name, made)
     set_adapter(model, adapter_name)
     if merged:

@@ -184,7 +184,7 @@ def test_a_merged_model_is_saved_as_transformers_saves_it(tmp_path):
     assert torch.equal(loaded(IDS).logits, expected)
 
 
-def test_a_tied_output_layer_stays_tied():
+def test_a_tied_output_layer_stays_tied(tmp_path):
     model = llama(tie_word_embeddings=True).eval()
     embedding = model.get_input_embeddings().weight
     add_lora(model, r=2, target_modules=["lm_head"], init_lora_weights=False)
@@ -196,6 +196,13 @@ def test_a_tied_output_layer_stays_tied():
     assert model.get_input_embeddings().weight is embedding
     unmerge_lora(model)
     assert model.lm_head.weight is embedding
+    # Merged for good, it is no longer tied, and the config has to say so.
+    merge_lora(model)
+    unload_lora(model)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_a_vision_model():

@@ -194,6 +194,8 @@ def test_lazy_modules_are_to_be_called_first():
         ArgumentError, match=r"^model must have all its parameters; got '1.weight', which has no shape yet"
     ):
         add_lora(model, target_modules=["0"])
+    with pytest.raises(DtypeError, match=r"got LazyLinear whose weight has no shape yet"):
+        LoRALinear.from_linear(model[1])
     model(torch.randn(2, 4))
     assert adapted(add_lora(model, target_modules="all-linear")) == ["0", "1"]
 

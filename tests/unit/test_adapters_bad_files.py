@@ -323,6 +323,8 @@ def test_a_config_of_many_megabytes(files):
         ({"megatron_config": {"a": 1}}, "'megatron_config' must be off"),
         ({"use_qalora": True}, "'use_qalora' must be off"),
         ({"kasa_config": {"a": 1}}, "'kasa_config' must be off"),
+        ({"use_dora": 1}, "'use_dora' must be off"),
+        ({"modules_to_save": "head"}, "'modules_to_save' must be off"),
         ({"use_next_years_lora": True}, "'use_next_years_lora' must be off"),
         ({"next_years_config": {"a": 1}}, "'next_years_config' must be off"),
         (
