@@ -52,7 +52,7 @@ def test_merge_and_unmerge(dtype, adapter_dtype):
 def test_merged_output_is_within_budget(dtype, adapter_dtype):
     layer = trained(dtype=dtype, adapter_dtype=adapter_dtype).eval()
     x = torch.randn(64, K, dtype=dtype)
-    weight, lora_A, lora_B, bias = (p.detach() for p in layer_tensors(layer))
+    weight, lora_A, lora_B, bias = (p.detach() for p in (layer.weight, layer.lora_A, layer.lora_B, layer.bias))
     layer.merge()
     wide = weight.double() + layer.scaling * lora_B.double() @ lora_A.double()
     # What an eager merge does: the update in the adapters' dtype, added in the weight's.
