@@ -107,6 +107,24 @@ def test_auto_leaves_wide_fp32_ranks_to_the_library():
     assert plan(m=8192, n=4096, k=4096, r=512, width="32", dropout=True).backend == "triton"
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_the_ranks_that_the_document_names(arch):
+    # docs/ops/branch.md: where auto turns to the library without dropout, for a large problem.
+    def served(rank, width, direction):
+        told = plan(m=8192, n=4096, k=4096, r=rank, width=width, arch=arch)
+        return told.backend if direction == "forward" else told.backward.backend
+
+    assert {served(rank, "16", "forward") for rank in (1, 16, 64, 512)} == {"triton"}
+    for width, direction, last, first in (
+        ("16", "backward", 12, 26),
+        ("32", "backward", 12, 26),
+        ("32", "forward", 76, 246),
+    ):
+        assert served(last, width, direction) == "triton"
+        if (arch, direction) != ("sm_89", "forward"):  # whose memory is slow beside its fp32 units
+            assert served(first, width, direction) == "torch"
+
+
 def test_costs_grow_with_what_they_are_of():
     small = dict(plan(m=1024, n=4096, k=4096).costs)
     for larger in ({"m": 8192}, {"n": 16384}, {"k": 16384}):
