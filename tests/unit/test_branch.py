@@ -47,6 +47,15 @@ def test_budget_under_both_plans(dtypes, size, p, strategy):
     assert_within_budget(problems(size, dtypes, dropout_p=p), partial(run_branch_plan, plan=PLANS[strategy]))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtypes", HELD)
+def test_a_power_of_two_as_a_tensor_scales_to_the_bit(dtypes, backend):
+    # Wherever it is multiplied in, it rounds nothing.
+    inputs = inputs_of((37, 51, 45), HELD[dtypes], dropout_p=0.25, scaling=2.0)
+    as_tensor = replace(inputs, scaling=torch.tensor(2.0))
+    assert_same_bits(run_branch(as_tensor, backend), run_branch(inputs, backend))
+
+
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("p", [0.0, 0.1], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16", "bf16-mixed", "bf16-over-fp32", "fp32-over-bf16", "fp64"])
