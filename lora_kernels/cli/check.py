@@ -2,7 +2,8 @@
 
 What a user runs on a new GPU. For each device, backend and strategy, in every dtype: y and every gradient within twice
 the error that eager PyTorch makes in that dtype, no value read from unwritten memory, the same bits from a second run,
-and the dropout masks of forward and backward equal to the specification's, bit by bit.
+and the dropout masks of forward and backward equal to the specification's, bit by bit. Rows of the strategy `branch`
+are `lora_branch` as the backend plans it; the others are `lora_linear`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from lora_kernels.planning.device import device_traits, triton_available
 from lora_kernels.planning.plan import UNPROVEN, Strategy, obstacle_to_triton, paired, ways_of
 from lora_kernels.reference.philox import keep_mask
 from lora_kernels.testing import (
+    BranchInputs,
     LinearInputs,
     budget_rows,
+    make_branch_inputs,
     make_linear_inputs,
     poisoned_allocation,
+    run_branch,
     run_linear,
     run_linear_plan,
 )
@@ -89,6 +93,14 @@ DTYPES = (
     (torch.float16, torch.float32),
 )
 QUICK_DTYPES = DTYPES[:3]
+# What lora_branch has besides: a base that answers in another dtype, as a quantised one may under autocast.
+BRANCH_DTYPES = (
+    *((x, adapters, x) for x, adapters in DTYPES),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.float32, torch.bfloat16),
+)
+BRANCH = "branch"
 
 MASK_CASE = Case("mask", 101, 101, 101, 101, bias=False, dropout_p=0.3)
 MASK_SEED = 0x0123_4567_89AB_CDEF  # both halves of the key are in use
@@ -175,7 +187,10 @@ def _obstacle(backend: str, device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Job:
-    """One line to be: a case in one pair of dtypes under a plan of a backend; None: the plan that lora_linear makes."""
+    """One line to be: a case in one pair of dtypes under a plan of a backend; None: the plan that the operation makes.
+
+    out_dtype: base_out's, for a job of lora_branch; None: one of lora_linear.
+    """
 
     device: torch.device
     backend: str
@@ -184,13 +199,15 @@ class Job:
     case: Case
     dtype: torch.dtype
     adapter_dtype: torch.dtype
+    out_dtype: torch.dtype | None = None
 
     @property
     def dtypes(self) -> str:
-        """`bf16`, or `bf16+fp32` where the adapters have their own dtype."""
+        """`bf16`, or `bf16+fp32` where the adapters have their own dtype; `bf16>fp32`: so does the output."""
         names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         own = self.adapter_dtype != self.dtype
-        return f"{names[self.dtype]}+{names[self.adapter_dtype]}" if own else names[self.dtype]
+        inputs = f"{names[self.dtype]}+{names[self.adapter_dtype]}" if own else names[self.dtype]
+        return inputs if self.out_dtype in (None, self.dtype) else f"{inputs}>{names[self.out_dtype]}"
 
 
 def unproven_of(backend: str, device: torch.device) -> bool:
@@ -206,13 +223,20 @@ def plan_jobs(backend: str, device: torch.device, *, quick: bool, unproven: bool
     dtypes = QUICK_DTYPES if quick or (backend == "triton" and config.INTERPRETED) else DTYPES
     if device.type == "cuda" and not quick:
         cases += LARGE
-    return [
+    linear = [
         Job(device, backend, strategy, plan, case, dtype, adapter_dtype)
         for dtype, adapter_dtype in dtypes
         for case in (*cases, MASK_CASE)
         for strategy, plan in _plans(backend, device, case, dtype, adapter_dtype)
         if unproven or strategy.partition(",")[0] not in UNPROVEN
     ]
+    branch = [
+        Job(device, backend, BRANCH, None, case, dtype, adapter_dtype, out_dtype)
+        for dtype, adapter_dtype, out_dtype in BRANCH_DTYPES
+        if (dtype, adapter_dtype) in dtypes
+        for case in (*cases, MASK_CASE)
+    ]
+    return linear + branch
 
 
 def _plans(
@@ -255,52 +279,61 @@ def run_jobs(jobs: Sequence[Job]) -> Iterator[Row]:
                 yield _check_masks(job)
                 continue
             inputs = _inputs(job)
-            key = (job.device, job.case, job.dtype, job.adapter_dtype)
+            key = (job.device, job.case, job.dtype, job.adapter_dtype, job.out_dtype)
             if key not in budgets:
                 budgets.clear()  # jobs of one problem follow one another
-                truth = run_linear(inputs.double(), "reference")
-                budgets[key] = truth, _on_cpu(run_linear(inputs, "reference"))
+                budgets[key] = _run(inputs.double(), "reference"), _on_cpu(_run(inputs, "reference"))
             yield _check_numbers(job, inputs, *budgets[key])
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             yield _row(job, "", math.inf, math.nan, math.nan, f"{type(error).__name__}: {lines[0]}")
 
 
-def _inputs(job: Job) -> LinearInputs:
+Inputs = LinearInputs | BranchInputs
+
+
+def _inputs(job: Job) -> Inputs:
     case = job.case
-    inputs = make_linear_inputs(
-        case.M, case.N, case.K, case.R,
-        dtype=job.dtype, adapter_dtype=job.adapter_dtype, bias=case.bias, dropout_p=case.dropout_p, device=job.device,
-        seed=7,
-    )  # fmt: skip
+    sizes = (case.M, case.N, case.K, case.R)
+    inputs: Inputs
+    if job.out_dtype is None:
+        inputs = make_linear_inputs(
+            *sizes, dtype=job.dtype, adapter_dtype=job.adapter_dtype, bias=case.bias, dropout_p=case.dropout_p,
+            device=job.device, seed=7,
+        )  # fmt: skip
+    else:
+        inputs = make_branch_inputs(
+            *sizes, dtype=job.dtype, adapter_dtype=job.adapter_dtype, out_dtype=job.out_dtype,
+            dropout_p=case.dropout_p, device=job.device, seed=7,
+        )  # fmt: skip
     if not case.strided:
         return inputs
-
-    def transposed(t: Tensor) -> Tensor:
-        return t.T.contiguous().T
-
-    return dataclasses.replace(
-        inputs,
-        x=transposed(inputs.x),
-        weight=transposed(inputs.weight),
-        lora_A=transposed(inputs.lora_A),
-        lora_B=transposed(inputs.lora_B),
-        dy=inputs.dy.flatten().unfold(0, case.N, 1)[: case.M],  # dy[m, n] = values[m + n]
-    )
+    transposed: dict[str, Any] = {
+        name: t.T.contiguous().T
+        for name, t in vars(inputs).items()
+        if isinstance(t, Tensor) and t.dim() == 2 and name != "dy"
+    }
+    dy = inputs.dy.flatten().unfold(0, case.N, 1)[: case.M]  # dy[m, n] = values[m + n]
+    return dataclasses.replace(inputs, dy=dy, **transposed)
 
 
-def _call(job: Job) -> Callable[[LinearInputs], dict[str, Tensor]]:
-    """y and every gradient by name: through lora_linear, or through the backend for a plan of another kind."""
+def _run(inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """y and every gradient by name, through the public operation."""
+    return run_linear(inputs, backend) if isinstance(inputs, LinearInputs) else run_branch(inputs, backend)
+
+
+def _call(job: Job) -> Callable[[Any], dict[str, Tensor]]:
+    """The same for a job: through the operation, or through the backend for a plan of another kind."""
     plan = job.plan
     if plan is None:
-        return lambda inputs: run_linear(inputs, job.backend)
+        return lambda inputs: _run(inputs, job.backend)
     return lambda inputs: run_linear_plan(inputs, plan)
 
 
 # -- how it is judged ------------------------------------------------------------------------------------------
 
 
-def _check_numbers(job: Job, inputs: LinearInputs, truth: dict[str, Tensor], eager: dict[str, Tensor]) -> Row:
+def _check_numbers(job: Job, inputs: Inputs, truth: dict[str, Tensor], eager: dict[str, Tensor]) -> Row:
     call = _call(job)
     # One thread, in order: a second run of the interpreter would be for nothing.
     interpreted = job.backend == "triton" and config.INTERPRETED
@@ -317,23 +350,25 @@ def _check_numbers(job: Job, inputs: LinearInputs, truth: dict[str, Tensor], eag
 
 
 def _check_masks(job: Job) -> Row:
-    """Makes the masks visible: with W = 0, A = B = I, x = 1, these are s * mask: y, dx for dy = 1, dA for dy = I."""
+    """Makes the masks visible: with a base of 0, A = B = I, x = 1, s * mask is y, dx for dy = 1, dA for dy = I."""
     inputs, size = _inputs(job), job.case.M
     wide, narrow = {"dtype": job.dtype, "device": job.device}, {"dtype": job.adapter_dtype, "device": job.device}
     ones = torch.ones(size, size, **wide)  # type: ignore[call-overload]
+    base = "weight" if isinstance(inputs, LinearInputs) else "base_out"
+    zero: dict[str, Any] = {base: torch.zeros_like(getattr(inputs, base))}
     probe = dataclasses.replace(
         inputs,
         x=ones,
-        weight=torch.zeros_like(ones),
+        **zero,
         lora_A=torch.eye(size, **narrow),  # type: ignore[call-overload]
         lora_B=torch.eye(size, **narrow),  # type: ignore[call-overload]
-        dy=ones,
+        dy=torch.ones_like(inputs.dy),
         dropout_seed=MASK_SEED,
     )
     call = _call(job)
     with poisoned_allocation():
         spread = call(probe)
-        single = call(dataclasses.replace(probe, dy=torch.eye(size, **wide)))  # type: ignore[call-overload]
+        single = call(dataclasses.replace(probe, dy=torch.eye(size).to(inputs.dy)))
     expected = keep_mask(torch.tensor([MASK_SEED]), size, size, job.case.dropout_p)
     seen = {"y": spread["y"], "d_x": spread["d_x"], "d_lora_A": single["d_lora_A"]}
     wrong = {name: int(((t.cpu() != 0) != expected).sum()) for name, t in seen.items()}
@@ -370,7 +405,7 @@ def _finite(value: Any) -> Any:
 
 # -- how it is shown -------------------------------------------------------------------------------------------
 
-_COLUMNS = (6, 7, 17, 9, 16, 8, 7, 7, 7, 0)
+_COLUMNS = (6, 7, 17, 14, 16, 10, 7, 7, 7, 0)
 _HEADER = table.line(
     ("device", "backend", "strategy", "dtypes", "case", "worst", "error", "eager", "limit", ""), _COLUMNS
 )

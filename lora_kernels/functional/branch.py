@@ -106,8 +106,8 @@ def lora_branch(
 
     y = base_out + scaling * (drop(x) A^T) B^T        drop(x) = mask * x / (1 - dropout_p)
 
-    For bases that `lora_linear` cannot compute itself: quantised, offloaded, hooked, or not linear in their weight at
-    all. It never sees the weight. For a plain linear base `lora_linear` does less work.
+    For bases that `lora_linear` cannot compute itself: quantised, offloaded, hooked. It never sees the weight. For a
+    plain linear base `lora_linear` does less work.
 
     Args:
         base_out: [*, N] float32, float16 or bfloat16 (float64 on the CPU), in x's dtype or another; any strides. It is
@@ -134,10 +134,10 @@ def lora_branch(
         UnsupportedError: the named backend cannot serve this call; or a second derivative was asked for.
 
     Numerics:
-        Products accumulate in fp32 (fp64 for float64); base_out is added to the accumulator, and y is rounded once, or
-        twice where a library GEMM adds onto a rounded term. Gradients come in each input's own dtype; base_out's is dy
-        itself. Every output is within twice the error of the eager chain against fp64 (tests/). Dropped elements are
-        exactly zero, also where x is Inf or NaN; elsewhere Inf and NaN propagate as in the eager chain.
+        Products accumulate in fp32 (fp64 for float64); base_out is added in it, whatever its dtype, and each tensor is
+        rounded once. Gradients come in each input's own dtype; base_out's is dy itself, and those of float32 adapters
+        are never rounded to 16 bits. Every output is within twice the error of the eager chain against fp64 (tests/).
+        Dropped elements are exactly zero, also where x is Inf or NaN; elsewhere Inf and NaN propagate as there.
 
     Determinism:
         The same call gives the same bits: reductions run in fixed order, without floating-point atomics.

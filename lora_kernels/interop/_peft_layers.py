@@ -18,6 +18,7 @@ from peft.tuners.lora.te import TeLinear as StockTeLinear
 from peft.tuners.lora.torchao import TorchaoLoraLinear as StockTorchaoLoraLinear
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -65,8 +66,10 @@ class FusedLayer:
         base, linear_B = modules[self._base], modules["lora_B"]._modules[adapter]
         lora_A, lora_B = _tensor(modules["lora_A"]._modules[adapter], "weight"), _tensor(linear_B, "weight")
         scaling, dropout_p = self.scaling[adapter], _active_p(modules["lora_dropout"]._modules[adapter])
+        if torch.compiler.is_compiling() and _is_symbol(scaling):
+            lora_B, scaling = lora_B * scaling, 1.0
         lora_bias = _tensor(linear_B, "bias")
-        term = None if lora_bias is None else scaling * lora_bias
+        term = None if lora_bias is None else self.scaling[adapter] * lora_bias
         if operation == BRANCH:
             base_out: Tensor = base(x)
             dtype = base_out.dtype
@@ -275,6 +278,13 @@ def _own_call(module: nn.Module) -> str:
 
 def _active_p(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _is_symbol(scaling: Any) -> bool:
+    """Whether torch.compile has seen this float change: a product keeps it a symbol, an op's argument would fix it."""
+    if isinstance(scaling, Tensor):
+        return False
+    return not (statically_known_true(scaling == 0) or statically_known_true(scaling != 0))
 
 
 def _tensor(module: nn.Module, name: str) -> Any:

@@ -1,6 +1,8 @@
 """Where patch_peft leaves a call to PEFT: the reason by name, and stock PEFT's result to the bit."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,3 +331,12 @@ def test_small_calls_count_autocast_as_16_bits():
     assert is_small(layer, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_small(layer, x)
+
+
+@situations
+def test_the_document_quotes_the_reason(change, reason):
+    """docs/interop/peft.md has it in backticks, with an ellipsis for what differs from layer to layer."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "interop" / "peft.md").read_text(encoding="utf-8")
+    patterns = [re.escape(quote).replace("…", r"\w+") for quote in re.findall(r"`([^`\n]+)`", text)]
+    # What is said of A holds for B.
+    assert any(re.fullmatch(pattern, reason.replace("lora_B", "lora_A")) for pattern in patterns)

@@ -12,7 +12,7 @@ import lora_kernels
 from lora_kernels.benchmarking import runner
 from lora_kernels.cli import check, info, main
 from lora_kernels.config import INTERPRETED
-from lora_kernels.ops import _linear_torch
+from lora_kernels.ops import _branch_torch, _linear_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,8 +68,10 @@ def test_check_passes(capsys):
     assert (status, report["failed"]) == (0, 0)
     rows = report["rows"]
     assert {row["case"] for row in rows} == {case.name for case in (*check.QUICK, check.MASK_CASE)}
-    assert {row["dtype"] for row in rows} == {"fp32", "bf16", "bf16+fp32"}
-    assert {row["strategy"] for row in rows if row["dtype"] != "fp32"} == {"library", "upcast"}
+    assert {row["dtype"] for row in rows if row["strategy"] != "branch"} == {"fp32", "bf16", "bf16+fp32"}
+    assert {row["strategy"] for row in rows if row["dtype"] != "fp32"} == {"library", "upcast", "branch"}
+    others = {"bf16>fp32", "bf16+fp32>fp32", "fp32>bf16"}
+    assert {row["dtype"] for row in rows if row["strategy"] == "branch"} == {"fp32", "bf16", "bf16+fp32", *others}
     assert all(row["error"] <= row["limit"] for row in rows)
 
 
@@ -114,6 +116,33 @@ def test_a_mask_that_is_off_by_one_bit_fails(monkeypatch, capsys):
     status, errors = check_quickly(capsys)
     assert status == 1
     assert "FAILED torch (library) on cpu, fp32, mask: 1 of 10201 mask bits in y differ" in errors
+
+
+def test_a_wrong_branch_fails_and_is_named(monkeypatch, capsys):
+    right = _branch_torch.backward
+    monkeypatch.setattr(
+        _branch_torch, "backward", lambda *args: tuple(2 * g if g is not None else g for g in right(*args))
+    )
+    status, errors = check_quickly(capsys)
+    assert status == 1
+    assert "FAILED torch (branch) on cpu, fp32, even: d_" in errors
+    assert "FAILED torch (library)" not in errors
+    assert ", mask:" not in errors  # doubled, but where it should be
+
+
+def test_a_branch_whose_mask_is_off_fails(monkeypatch, capsys):
+    right = _branch_torch.forward
+
+    def flip(*args):
+        y, xa = right(*args)
+        if y.shape == (check.MASK_CASE.M, check.MASK_CASE.N):
+            y[3, 5] = 1 - (y[3, 5] != 0).to(y.dtype)
+        return y, xa
+
+    monkeypatch.setattr(_branch_torch, "forward", flip)
+    status, errors = check_quickly(capsys)
+    assert status == 1
+    assert "FAILED torch (branch) on cpu, bf16>fp32, mask: 1 of 10201 mask bits in y differ" in errors
 
 
 def test_unwritten_memory_fails(monkeypatch, capsys):

@@ -77,9 +77,11 @@ def test_docstring_examples_run(name):
         "load_lora",
         "lora_linear",
         "merge_lora",
+        "patch_peft",
         "save_lora",
         "set_adapter",
         "unload_lora",
+        "unpatch_peft",
     ],
 )
 def test_public_entry_points_have_an_example(name):
