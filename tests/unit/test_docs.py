@@ -9,21 +9,15 @@ import pytest
 import torch
 
 import lora_kernels
+from tests.documents import FENCE, ROOT, document_id, run_python_blocks
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+TUTORIALS = set((ROOT / "docs" / "tutorials").glob("*.md"))  # tests/interop/test_tutorials.py looks at their results
 
-FENCE = re.compile(
-    r"^(?P<indent> *)(?P<fence>```+)(?P<language>[^\n]*)\n(?P<body>.*?)^(?P=indent)(?P=fence) *$", re.M | re.S
-)
 LINK = re.compile(
     r"\[[^\]]*\]\(\s*<?(?P<target>[^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)|<(?:img|a)\s[^>]*?(?:src|href)=\"(?P<html>[^\"]+)\""
 )
 HEADING = re.compile(r"^#{1,6} +(?P<title>.+?) *#*$", re.M)
-
-
-def document_id(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
 
 
 def prose(text: str) -> str:
@@ -37,19 +31,10 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path not in TUTORIALS], ids=document_id)
 def test_python_examples_run(path, tmp_path, monkeypatch):
-    """The blocks of one document run in order in one namespace, as a reader would type them."""
-    text = path.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    namespace: dict[str, object] = {"__name__": "__example__"}
-    for block in FENCE.finditer(text):
-        if block["language"].strip() == "python":
-            # Blank lines before the code give a traceback the document's own line numbers.
-            line = text.count("\n", 0, block.start("body"))
-            body = re.sub(rf"^{block['indent']}", "", block["body"], flags=re.M)
-            exec(compile("\n" * line + body, document_id(path), "exec"), namespace)
+    run_python_blocks(path)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
