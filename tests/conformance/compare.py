@@ -32,6 +32,7 @@ from lora_kernels.testing import BudgetRow, budget_rows
 
 ROUNDINGS = 100  # independent ones: the norm of so many errors varies by 7 %
 MOST_PROBLEMS = 50
+LINEAR = "lora_linear"  # the operation that computes the base product as well
 
 Results = dict[str, Tensor]
 
@@ -97,9 +98,24 @@ def begin(layer: Any, adapter: str, operation: str, x: Tensor) -> Call:
 
 
 def copy_of(layer: Any) -> Any:
-    """A copy that shares nothing with the layer and has no part in any graph."""
+    """A copy that shares nothing with the layer and has no part in any graph.
+
+    Where FSDP has put views of its flat parameter in the place of a layer's parameters, the copy has parameters again.
+    """
+    views = (t for m in layer.modules() for t in (*m._parameters.values(), *vars(m).values()))
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.detach().clone(), requires_grad=False)
+        for t in views
+        if isinstance(t, Tensor) and not t.is_leaf
+    }
     with torch.no_grad():
-        return copy.deepcopy(layer)
+        copied = copy.deepcopy(layer, memo)
+    for module in copied.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, nn.Parameter):
+                delattr(module, name)
+                module.register_parameter(name, value)
+    return copied
 
 
 def tensors_of(layer: Any, adapter: str, x: Tensor) -> Results:
@@ -135,6 +151,18 @@ class SeededDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return drop(x.reshape(-1, x.shape[-1]), self.p, self.seed).reshape(x.shape)
+
+
+class GivenBase(nn.Module):
+    """A base layer of any kind, quantised perhaps, in an fp64 chain: its output and its gradient are given facts."""
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.base, self.dtype, self.autocast = base, dtype, autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _autocast(self.autocast):
+            return self.base(x.to(self.dtype)).double()
 
 
 @contextmanager
@@ -195,7 +223,13 @@ class Problem:
                 seed = _checks.seed_tensor(None, x.device)
             layer.lora_dropout[call.adapter] = SeededDropout(call.dropout_p, seed)
         if double:
-            layer, x, dy = layer.double(), x.double(), dy.double()
+            base = layer.base_layer
+            if call.operation != LINEAR:
+                layer.base_layer = nn.Identity()
+            layer.double()
+            if call.operation != LINEAR:
+                layer.base_layer = GivenBase(base, x.dtype, call.autocast)
+            x, dy = x.double(), dy.double()
         if absolute:
             x, dy = x.abs(), dy.abs()
             layer.scaling[call.adapter] = abs(layer.scaling[call.adapter])
