@@ -11,6 +11,7 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.ready-bench
+CONFORMANCE := $(VENV)/.ready-conformance
 
 # $(call pin,torch) -> torch==2.13.0, as pyproject.toml has it.
 pin = $(shell grep -o '"$(1)==[^";]*' pyproject.toml | tr -d '"')
@@ -22,8 +23,8 @@ unexport TRITON_INTERPRET
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-unit test-interpret test-compile lint format bench docs gpu gpu-check gpu-test gpu-bench gpu-unproven \
-    pages clean distclean
+.PHONY: help setup test test-unit test-interpret test-compile conformance lint format bench docs gpu gpu-check gpu-test \
+    gpu-bench gpu-unproven pages clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +56,13 @@ test-interpret: $(READY) ## every kernel through Triton's interpreter
 
 test-compile: $(READY) ## every shipped kernel configuration, compiled for every target
 	$(BIN)/python -m pytest -n $(WORKERS) tests/compile
+
+$(CONFORMANCE): $(READY)
+	$(PIP) install --quiet --editable '.[dev,conformance]'
+	@touch $@
+
+conformance: $(CONFORMANCE) ## PEFT's own tests, downloaded, with patch_peft active and every fused call compared (15 minutes)
+	PYTHONPATH=tests $(BIN)/python -m conformance --workers $(WORKERS)
 
 lint: $(READY) ## ruff (rules and format), mypy, import-linter
 	$(BIN)/ruff check .

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.functional import _checks
+from lora_kernels.interop._peft_layers import LINEAR
 from lora_kernels.reference.linear import drop
 from lora_kernels.testing import BudgetRow, budget_rows
 
 ROUNDINGS = 100  # independent ones: the norm of so many errors varies by 7 %
 MOST_PROBLEMS = 50
-LINEAR = "lora_linear"  # the operation that computes the base product as well
 
 Results = dict[str, Tensor]
 
@@ -81,20 +81,21 @@ class Call:
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-@torch.inference_mode(False)  # inside it, the copies could never require a gradient
 def begin(layer: Any, adapter: str, operation: str, x: Tensor) -> Call:
     """The call as it is about to happen; its y is not known yet."""
-    needs = (name for name, t in tensors_of(layer, adapter, x).items() if t.requires_grad and torch.is_grad_enabled())
-    return Call(
-        layer=copy_of(layer),
-        adapter=adapter,
-        operation=operation,
-        x=x.detach().clone(),
-        needs=frozenset(needs),
-        autocast=autocast_dtype(x.device.type),
-        generator=torch.get_rng_state(),
-        y=x,
-    )
+    needs = {name for name, t in tensors_of(layer, adapter, x).items() if t.requires_grad and torch.is_grad_enabled()}
+    # Inside inference mode the copies could never require a gradient. Switching it off switches grad mode on.
+    with torch.inference_mode(False), torch.no_grad():
+        return Call(
+            layer=copy_of(layer),
+            adapter=adapter,
+            operation=operation,
+            x=x.detach().clone(),
+            needs=frozenset(needs),
+            autocast=autocast_dtype(x.device.type),
+            generator=torch.get_rng_state(),
+            y=x,
+        )
 
 
 def copy_of(layer: Any) -> Any:
@@ -108,8 +109,7 @@ def copy_of(layer: Any) -> Any:
         for t in views
         if isinstance(t, Tensor) and not t.is_leaf
     }
-    with torch.no_grad():
-        copied = copy.deepcopy(layer, memo)
+    copied = copy.deepcopy(layer, memo)
     for module in copied.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, nn.Parameter):
@@ -121,6 +121,7 @@ def copy_of(layer: Any) -> Any:
 def tensors_of(layer: Any, adapter: str, x: Tensor) -> Results:
     """Everything that the call's output depends on, and so may want a gradient, by name."""
     base, lora_A, lora_B = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    base = base.base if isinstance(base, GivenBase) else base
     named = {
         "x": x,
         "lora_A": lora_A.weight,

@@ -162,6 +162,7 @@ def write(hub: Path) -> None:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     for name, (model_class, config_class, arguments) in MODELS.items():
         torch.manual_seed(0)
         model = getattr(transformers, model_class)(getattr(transformers, config_class)(**arguments))
