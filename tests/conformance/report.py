@@ -90,8 +90,9 @@ class FaultRun:
 
     @classmethod
     def of(cls, fault: str, off: Run, broken: Run) -> FaultRun:
-        """From a run of the same tests without a fault and one with it."""
-        names = [name for name, test in off.tests.items() if test["outcome"] == "passed" and name in broken.tests]
+        """From a run of the same tests without a fault and one with it: those that pass, and have a fused call."""
+        passed = (name for name, test in off.tests.items() if test["outcome"] == "passed")
+        names = [name for name in passed if broken.tests.get(name, {}).get("kinds")]
         own = sum(not broken.tests[name].get("passed_by_itself", False) for name in names)
         return cls(fault, len(names), own, sum(name in broken.violations() for name in names))
 
@@ -210,4 +211,4 @@ PEFT's and not counted."""
 
 FAULTS = """\
 The same over some of the tests, with the operation broken on purpose. The second column counts the tests that pass
-without a fault."""
+without a fault and have a fused call; where B is zero, or nothing is dropped, a fault changes nothing."""

@@ -251,6 +251,14 @@ def test_the_verdict_names_violations_and_unseen_faults():
     assert report.verdict(off, beyond, []) == ["beyond the error budget: a: d_x 1 > 0"]
 
 
+def test_a_fault_is_counted_over_tests_with_fused_calls():
+    off = outcomes(a="passed", b="passed", c="failed", d="passed")
+    seen = {"outcome": "failed", "kinds": {"k": 1}, "violations": ["d_x"], "passed_by_itself": True}
+    unseen = {"outcome": "failed", "kinds": {"k": 1}, "violations": [], "passed_by_itself": False}
+    broken = Run({"a": seen, "b": unseen, "c": seen, "d": seen | {"kinds": {}}})
+    assert FaultRun.of("f", off, broken) == FaultRun("f", tests=2, by_suite=1, by_comparison=1)
+
+
 def test_no_file_is_both_run_and_left_out():
     left_out = [name for names in suite.LEFT_OUT.values() for name in names]
     assert len({*suite.FILES, *left_out}) == len(suite.FILES) + len(left_out)
