@@ -202,13 +202,17 @@ def _judge(item: pytest.Item, passed: bool) -> list[str]:
     shares: dict[str, float] = {}
     violations = []
     log.open = False
+    by_bound = 0
     for call in log.calls:
         kind = " | ".join(call.kind)
         kinds[kind] += 1
-        for row in compare.judge(call):
+        verdict = compare.judge(call)
+        by_bound += verdict.by_bound
+        for row in () if verdict.by_bound else verdict.rows:
             shares[row.name] = max(shares.get(row.name, 0.0), row.error / row.limit if row.error else 0.0)
-            if not row.ok:
-                violations.append(f"{kind} {list(call.x.shape)}: {row.name} {row.error:.2e} > {row.limit:.2e}")
+        violations += [
+            f"{kind} {list(call.x.shape)}: {row.name} {row.error:.2e} > {row.limit:.2e}" for row in verdict.beyond
+        ]
         if violations:
             break
     item.user_properties.append(
@@ -219,6 +223,7 @@ def _judge(item: pytest.Item, passed: bool) -> list[str]:
                 "shares": shares,
                 "fallbacks": dict(log.fallbacks),
                 "not_compared": dict(log.not_compared),
+                "by_bound": by_bound,
                 "violations": violations,
                 "passed_by_itself": passed,
             },

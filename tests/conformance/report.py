@@ -28,6 +28,8 @@ TENSORS = {
 }
 # A whole run has ten thousand; far fewer would mean that the patch, or the plugin, no longer reaches the layers.
 FEWEST_CALLS = 5000
+# Of the calls, at most this share may need the bound of rounding instead of the budget.
+MOST_BY_BOUND = 1e-3
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Run:
                 shares[name] = max(share, shares.get(name, 0.0))
         return shares
 
+    def by_bound(self) -> int:
+        """How many calls are within the bound of rounding only."""
+        return sum(test.get("by_bound", 0) for test in self.tests.values())
+
     def violations(self) -> dict[str, list[str]]:
         """The tests with a call beyond the budget."""
         return {name: test["violations"] for name, test in self.tests.items() if test.get("violations")}
@@ -84,8 +90,9 @@ class FaultRun:
 
     @classmethod
     def of(cls, fault: str, off: Run, broken: Run) -> FaultRun:
-        """From a run of the same tests without a fault and one with it."""
-        names = [name for name, test in off.tests.items() if test["outcome"] == "passed" and name in broken.tests]
+        """From a run of the same tests without a fault and one with it: those that pass, and have a fused call."""
+        passed = (name for name, test in off.tests.items() if test["outcome"] == "passed")
+        names = [name for name in passed if broken.tests.get(name, {}).get("kinds")]
         own = sum(not broken.tests[name].get("passed_by_itself", False) for name in names)
         return cls(fault, len(names), own, sum(name in broken.violations() for name in names))
 
@@ -99,6 +106,8 @@ def verdict(off: Run, on: Run, faults: Sequence[FaultRun]) -> list[str]:
     calls = on.total("kinds").total()
     if calls < FEWEST_CALLS:
         wrong.append(f"{calls} fused calls were compared, of at least {FEWEST_CALLS} that these tests make")
+    if on.by_bound() > MOST_BY_BOUND * calls:
+        wrong.append(f"{on.by_bound()} of {calls} calls are beyond twice eager's error, within the bound of rounding")
     wrong += [f"the comparison did not notice the fault {fault.fault}" for fault in faults if not fault.by_comparison]
     return wrong
 
@@ -126,7 +135,7 @@ def _parts(off: Run, on: Run, faults: Sequence[FaultRun]) -> Iterator[str]:
     )
     yield (
         f"**{len(new)} tests fail with `patch_peft` that pass without it. {calls:,} fused calls were compared with "
-        f"PEFT's own forward in y and every gradient; {len(on.violations())} tests had one beyond the error budget.**"
+        f"PEFT's own forward in y and every gradient; {len(on.violations())} tests had one beyond the limits.**"
     )
     yield "## The tests"
     names = ("passed", "failed", "skipped", "xfailed")
@@ -159,6 +168,7 @@ def _parts(off: Run, on: Run, faults: Sequence[FaultRun]) -> Iterator[str]:
     shares = on.largest_shares()
     yield "The largest error of all, as a share of what is allowed:"
     yield table(["tensor", "share"], [[TENSORS[name], f"{shares[name]:.2f}"] for name in TENSORS if name in shares])
+    yield f"{on.by_bound()} of the {calls:,} calls needed the bound of rounding; they are not in this table."
     if not_compared := on.total("not_compared"):
         yield "Fused, but not compared:"
         yield table(["why", "calls"], not_compared.most_common())
@@ -190,8 +200,10 @@ call itself and, from a replay with a random dy, the gradients of x, A, B and ev
 trains). Each may have at most {ERROR_FACTOR:g} times the error that PEFT's forward makes in the call's dtypes, or what
 rounding the truth may cost if that is more. The replay is made with the gradients that the call itself could be asked
 for, and again with all of them. A call with fewer than 100 roundings in a tensor that misses this budget is repeated on
-other inputs, and judged on all of them together: the norm of a few errors is a matter of luck. One call beyond the
-budget fails its test."""
+other inputs, and judged on all of them together: the norm of a few errors is a matter of luck. That leaves calls on
+which PEFT's forward happens to be exact, because an fp32 adapter holds 16-bit numbers or its columns cancel. There an
+fp32 tensor may also be within the textbook's bound of rounding, n u times the same chain over absolute values; at most
+one call in a thousand may need that. One call beyond all this fails its test."""
 
 FALLBACKS = """\
 As the patch's own rules name it. Layers other than `lora.Linear` (embeddings, convolutions, attention, experts) are
@@ -199,4 +211,4 @@ PEFT's and not counted."""
 
 FAULTS = """\
 The same over some of the tests, with the operation broken on purpose. The second column counts the tests that pass
-without a fault."""
+without a fault and have a fused call; where B is zero, or nothing is dropped, a fault changes nothing."""
