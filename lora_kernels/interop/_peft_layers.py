@@ -44,7 +44,7 @@ class FusedLayer:
 
     _stock_class: ClassVar[Any]
     _base: ClassVar[str] = "base_layer"
-    # Whether PEFT's forward gives the wider of the base's dtype and autocast's; else it gives the base's.
+    # Whether PEFT's forward gives the wider of the base's dtype and CUDA autocast's; else it gives the base's.
     _promotes: ClassVar[bool] = False
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,7 +73,7 @@ class FusedLayer:
         if operation == BRANCH:
             base_out: Tensor = base(x)
             dtype = base_out.dtype
-            if self._promotes and torch.is_autocast_enabled():
+            if self._promotes and x.is_cuda and torch.is_autocast_enabled("cuda"):
                 dtype = torch.promote_types(dtype, torch.get_autocast_dtype("cuda"))
                 base_out = base_out.to(dtype)
             if term is not None:

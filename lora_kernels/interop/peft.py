@@ -97,7 +97,7 @@ def patch_peft(model: nn.Module) -> PatchReport:
 
     Raises:
         ArgumentError: model is no module, or has no LoRA layers.
-        UnsupportedError: peft is not installed.
+        UnsupportedError: PEFT is not installed, or too old.
 
     Numerics:
         As `lora_linear`: fewer roundings than PEFT's chain, so results differ from it in the last bits. Dropout masks
@@ -123,7 +123,10 @@ def patch_peft(model: nn.Module) -> PatchReport:
     try:
         from lora_kernels.interop import _peft_layers
     except ImportError as error:
-        raise UnsupportedError(f"patch_peft needs peft, which failed to import ({error}). pip install peft") from error
+        raise UnsupportedError(
+            f"patch_peft needs the layers of PEFT 0.21 or later, which cannot be imported here: {error}. "
+            "pip install 'peft>=0.21'"
+        ) from error
 
     rows: list[PatchRow] = []
     patched: list[weakref.ref[nn.Module]] = []

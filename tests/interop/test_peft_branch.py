@@ -16,7 +16,16 @@ from torch import nn
 
 from lora_kernels import patch_peft
 from lora_kernels.testing import budget_rows
-from tests.interop.peft_cases import adapted, fused_calls, inputs, layers_of, patched_twin, run, stock_twin
+from tests.interop.peft_cases import (
+    adapted,
+    assert_within_budget,
+    fused_calls,
+    inputs,
+    layers_of,
+    patched_twin,
+    run,
+    stock_twin,
+)
 
 K, N, M = 128, 96, 64
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -283,6 +292,34 @@ def test_a_base_in_another_dtype_than_x_is_pefts_to_refuse():
     for twin in (model, patched):
         with pytest.raises(RuntimeError, match="dtype"):
             twin(inputs(FP32))
+
+
+def test_a_base_of_two_dtypes_works_under_autocast():
+    model = adapted(FP32)
+    for layer in layers_of(model):
+        layer.base_layer.bias.data = layer.base_layer.bias.data.bfloat16()
+    x = inputs(FP32)
+    assert {row.reason for row in patch_peft(copy.deepcopy(model)).rows} == {
+        "the base layer is on another device, or of two dtypes"
+    }
+    assert_within_budget(model, x, autocast=BF16, operations=("lora_branch", "lora_branch"))
+
+
+def test_weights_outside_the_parameters():
+    """FSDP puts views of its flat parameter in place of weight and bias while a unit runs."""
+    model = adapted(FP32)
+    patched, x = patched_twin(model), inputs(FP32)
+    expected = run(patched, x)
+    for layer in layers_of(patched):
+        for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+            for name, parameter in list(module.named_parameters()):
+                delattr(module, name)
+                setattr(module, name, parameter.view_as(parameter))
+    with fused_calls() as calls:
+        actual = run(patched, x)
+    assert calls.operations == ["lora_linear"] * 2
+    assert torch.equal(actual["y"], expected["y"])
+    assert torch.equal(actual["d_x"], expected["d_x"])
 
 
 def test_hooked_layers_are_left_to_module_call():

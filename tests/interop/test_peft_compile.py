@@ -177,3 +177,18 @@ def test_dropout_in_a_compiled_graph():
     # The sum of y's LoRA part over all outputs is linear in B: sum(B * dB).
     part = (first - up.base_layer(x)).sum()
     torch.testing.assert_close((up.lora_B["default"].weight * d_first).sum(), part, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("operation", ["lora_linear", "lora_branch"])
+def test_export(operation, strict):
+    model = adapted(FP32, lora_dropout=0.1).eval()
+    if operation == "lora_branch":
+        hook_base(model)
+    patch_peft(model)
+    x = inputs(FP32)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=strict)
+        called = [str(node.target) for node in program.graph.nodes if "lora_kernels" in str(node.target)]
+        assert called == [f"lora_kernels.{operation.removeprefix('lora_')}_forward.default"] * 2
+        torch.testing.assert_close(program.module()(x), model(x))

@@ -248,6 +248,52 @@ def test_inputs_that_peft_refuses(x):
             twin(x)
 
 
+def adapter_in(layer_dtypes):
+    """PEFT computes these under autocast, each in its own way."""
+    model = adapted(torch.float32, kind="conv1d")
+    for layer in layers_of(model):
+        layer.lora_A.to(layer_dtypes[0]), layer.lora_B.to(layer_dtypes[1])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "reason"),
+    [
+        ((torch.float64, torch.float64), "autocast leaves one of float32 x and float64 adapter as it is"),
+        ((torch.float32, torch.bfloat16), "lora_A and lora_B are of two dtypes"),
+    ],
+    ids=str,
+)
+def test_dtypes_under_autocast(dtypes, reason):
+    model = adapter_in(dtypes)
+    patched = patched_twin(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {row.reason for row in patch_peft(patched).rows} == {reason}
+    with fused_calls() as calls:
+        actual = run(patched, inputs(torch.float32), autocast=torch.bfloat16)
+    assert calls.operations == []
+    for name, value in run(model, inputs(torch.float32), autocast=torch.bfloat16).items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+def test_complex_layers():
+    model = adapted(torch.complex64)
+    patched = patched_twin(model)
+    assert {row.reason for row in patch_peft(patched).rows} == {"x is complex64"}
+    assert_left_to_peft(patched, model, inputs(torch.complex64))
+
+
+def test_an_x_of_another_tensor_class():
+    model = adapted(torch.float32)
+    x = inputs(torch.float32).as_subclass(Tagged)
+    with fused_calls() as calls:
+        y = patched_twin(model)(x)
+    assert calls.operations == []
+    assert type(y) is Tagged
+    assert torch.equal(y, model(x))
+
+
 def test_meta_tensors():
     model = adapted(torch.float32)
     patched = patched_twin(model).to("meta")

@@ -142,7 +142,7 @@ def test_wrong_models():
 def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "lora_kernels.interop._peft_layers", None)
     monkeypatch.delattr(lora_kernels.interop, "_peft_layers")
-    with pytest.raises(UnsupportedError, match="patch_peft needs peft"):
+    with pytest.raises(UnsupportedError, match=r"patch_peft needs the layers of PEFT.*pip install 'peft>=0.21'"):
         patch_peft(Net())
     unpatch_peft(Net())
 
