@@ -164,6 +164,19 @@ def test_disabled_layers_of_others(cls):
     assert torch.equal(patched(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize("cls", [lora.GPTQLoraLinear, AwqLoraLinear])
+def test_the_base_that_pefts_forward_calls(cls):
+    """These have it under two names, and forward uses the second."""
+    torch.manual_seed(0)
+    layer = layer_over(Int8(nn.Linear(K, N)), cls)[0]
+    layer.quant_linear_module = Int8(nn.Linear(K, N))
+    patched, x = copy.deepcopy(layer), inputs(FP32, M, features=K)
+    patch_peft(patched)
+    with fused_calls() as calls:
+        torch.testing.assert_close(patched(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert calls.operations == ["lora_branch"]
+
+
 def test_a_weight_of_another_tensor_class():
     def made():
         torch.manual_seed(0)
