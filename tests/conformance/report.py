@@ -203,7 +203,8 @@ for, and again with all of them. A call with fewer than 100 roundings in a tenso
 other inputs, and judged on all of them together: the norm of a few errors is a matter of luck. That leaves calls on
 which PEFT's forward happens to be exact, because an fp32 adapter holds 16-bit numbers or its columns cancel. There an
 fp32 tensor may also be within the textbook's bound of rounding, n u times the same chain over absolute values; at most
-one call in a thousand may need that. One call beyond all this fails its test."""
+one call in a thousand may need that. One call beyond all this fails its test. Calls that torch.compile has traced are
+not recorded."""
 
 FALLBACKS = """\
 As the patch's own rules name it. Layers other than `lora.Linear` (embeddings, convolutions, attention, experts) are
