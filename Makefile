@@ -23,7 +23,7 @@ unexport TRITON_INTERPRET
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help setup test test-unit test-interpret test-compile conformance lint format bench docs gpu gpu-check gpu-test \
-    gpu-bench gpu-unproven pages clean distclean
+    gpu-bench gpu-unproven gpu-llama pages clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -80,7 +80,7 @@ docs: $(READY) ## run every example in README, docs and docstrings; follow every
 # GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes
 # where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
 # pinned ones, and a deprecation in them is no fault of a kernel.
-gpu gpu-check gpu-test gpu-bench gpu-unproven: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 gpu: ## the check, the tests and the benchmark that need a GPU
 	@failed=; for part in gpu-check gpu-test gpu-bench gpu-unproven; do \
@@ -107,6 +107,10 @@ gpu-unproven: ## what no GPU has run yet, with a limit: it waits on barriers of 
 
 gpu-bench: ## check, ceilings, every strategy and every peer on this GPU, in nine minutes
 	$(PYTHON) -m bench.gpu --out "$(OUT)/bench"
+
+gpu-llama: ## a Llama-shaped training step, stock PEFT and patched; needs peft and transformers, so `make gpu` leaves it out
+	@mkdir -p "$(OUT)"
+	@$(call logged,llama.txt,$(PYTHON) -m bench.llama_step --out "$(OUT)/bench")
 
 pages: $(READY) ## docs/benchmarks from the committed rows in bench/results
 	$(BIN)/python -m bench.report

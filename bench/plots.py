@@ -30,7 +30,7 @@ from lora_kernels.benchmarking.roofline import Ceilings, work
 if TYPE_CHECKING:
     from bench.finetune import Outcome
 
-OURS, THEIRS, CONTROL = "#0f766e", "#b45309", "#9aa5b1"
+OURS, PATCHED, THEIRS, CONTROL = "#0f766e", "#2563a8", "#b45309", "#9aa5b1"
 COLOURS = (
     CONTROL, THEIRS, "#2563a8", "#7c3aed", "#a78bfa", "#dc2626", "#f59e0b", "#db2777",
     OURS, "#14b8a6", "#84cc16", "#65a30d", "#4d7c0f",
@@ -157,57 +157,62 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def finetune(outcome: Outcome, path: Path) -> None:
-    """Two loss curves on top of each other, how far they stray, and the bars of step time and memory."""
-    unfused, twin, ours = outcome.losses
+    """The loss curves on top of each other, how far they stray, and the bars of step time and memory."""
+    peft, twin, *ours = outcome.losses
+    shown = [peft, *ours]
+    colours = dict(zip(shown, (THEIRS, PATCHED, OURS), strict=True))
     with plt.rc_context(STYLE):
         figure, panels = plt.subplot_mosaic(
             [["loss", "loss", "loss"], ["stray", "stray", "stray"], ["step", "peak", "kept"]],
-            figsize=(8.6, 7.4),
-            gridspec_kw={"height_ratios": (2.4, 1.5, 1.0)},
+            figsize=(8.6, 7.6),
+            gridspec_kw={"height_ratios": (2.3, 1.5, 1.2)},
             layout="constrained",
         )
-        steps = range(1, len(outcome.losses[unfused]) + 1)
+        steps = range(1, len(outcome.losses[peft]) + 1)
         loss = panels["loss"]
-        loss.plot(steps, outcome.losses[unfused], color=THEIRS, linewidth=4.5, alpha=0.45, label="unfused layer")
-        loss.plot(steps, outcome.losses[ours], color=OURS, linewidth=1.3, label="lora_kernels")
+        loss.plot(steps, outcome.losses[peft], color=THEIRS, linewidth=5, alpha=0.45, label=peft)
+        styles = dict(zip(ours, ("-", (0, (4, 3))), strict=True))  # curves that lie on each other are both seen
+        for arm in ours:
+            loss.plot(steps, outcome.losses[arm], color=colours[arm], linestyle=styles[arm], linewidth=1.6, label=arm)
         loss.set(ylabel="training loss", ylim=(0, None), title="Loss: same start, same batches")
         # Above the panels: inside, every corner is a place where a curve may run.
-        above = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "ncols": 3, "fontsize": 8, "borderaxespad": 0.2}
+        above = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "ncols": 4, "fontsize": 8, "borderaxespad": 0.2}
         loss.legend(**above)
         stray = panels["stray"]
-        for arm, colour, label in ((twin, CONTROL, "unfused, weights 1 ulp off"), (ours, OURS, "lora_kernels")):
+        for arm in (twin, *ours):
             # Steps at which the curves coincide to the last bit have no place on a logarithmic axis.
             points = [(step, value) for step, value in zip(steps, outcome.strayed(arm), strict=True) if value > 0]
-            stray.plot(*zip(*points, strict=True) if points else ((), ()), color=colour, linewidth=1.4, label=label)
+            drawn = zip(*points, strict=True) if points else ((), ())
+            style = {"color": colours.get(arm, CONTROL), "linestyle": styles.get(arm, "-")}
+            stray.plot(*drawn, **style, linewidth=1.4, label=arm)
         if outcome.asserted:
             stray.axhline(outcome.tolerance, color=INK, linewidth=0.9, linestyle="--", label="allowed")
-        stray.set(yscale="log", xlabel="step", title="Relative distance from the unfused loss")
+        stray.set(yscale="log", xlabel="step", title="Relative distance from peft's loss")
         stray.legend(**above)
         stray.sharex(loss)
-        spread = {arm: outcome.times.time(arm) for arm in (unfused, ours)}
-        _pair(panels["step"], [spread[unfused].median, spread[ours].median], "Step time, ms", "{:.0f}")
-        for position, arm in enumerate((unfused, ours)):
+        spread = {arm: outcome.times.time(arm) for arm in shown}
+        _bars(panels["step"], {arm: spread[arm].median for arm in shown}, colours, "Step time, ms")
+        for position, arm in enumerate(shown):
             panels["step"].plot((spread[arm].p10, spread[arm].p90), (position, position), color=INK, linewidth=1.1)
-        _pair(panels["peak"], [outcome.peak[arm] / 2**20 for arm in (unfused, ours)], "Peak memory, MiB", "{:.0f}")
-        _pair(
-            panels["kept"], [outcome.saved[arm] / 2**20 for arm in (unfused, ours)], "Kept for backward, MiB", "{:.0f}"
-        )
+        _bars(panels["peak"], {arm: outcome.peak[arm] / 2**20 for arm in shown}, colours, "Peak memory, MiB")
+        _bars(panels["kept"], {arm: outcome.saved[arm] / 2**20 for arm in shown}, colours, "Kept for backward, MiB")
         panels["peak"].set_yticklabels([])
         panels["kept"].set_yticklabels([])
         environment = outcome.environment
         threads = "" if environment.driver else f", {environment.threads} threads"
-        note = f"{outcome.title}; {environment.device}{threads}, torch {environment.torch}"
-        headline(figure, "Fine-tuning with LoRA: unfused layer and lora_kernels", note)
+        note = f"{outcome.title}; {environment.device}{threads}, torch {environment.torch}, peft {environment.peft}"
+        headline(figure, "Fine-tuning with LoRA: stock PEFT, patch_peft and add_lora", note)
         _save(figure, path)
 
 
-def _pair(axes: Axes, values: Sequence[float], title: str, form: str) -> None:
-    axes.barh((0, 1), values, color=(THEIRS, OURS), height=0.62, alpha=0.9)
-    for position, value in enumerate(values):
-        inside = axes.annotate(form.format(value), (0, position), (6, 0), textcoords="offset points")
+def _bars(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str], title: str) -> None:
+    places = range(len(values))
+    axes.barh(places, values.values(), color=[colours[arm] for arm in values], height=0.66, alpha=0.9)
+    for position, value in enumerate(values.values()):
+        inside = axes.annotate(f"{value:.0f}", (0, position), (6, 0), textcoords="offset points")
         inside.set(va="center", color="white", fontweight="bold", fontsize=9)
-    axes.set_yticks((0, 1), ("unfused layer", "lora_kernels"))
-    axes.set_ylim(1.5, -0.5)
+    axes.set_yticks(places, values)
+    axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_title(title)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
