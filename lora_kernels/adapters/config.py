@@ -118,7 +118,7 @@ def read_config(path: Path) -> LoRAConfig:
         )
     try:
         raw = json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8, and of numbers beyond all measure
         raise AdapterFileError(f"{path}: expected JSON in UTF-8; found {type(error).__name__}: {error}.") from None
     if not isinstance(raw, dict):
         raise AdapterFileError(f"{path}: expected a JSON object; found {_shown(raw)}.")

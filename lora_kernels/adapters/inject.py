@@ -169,7 +169,7 @@ def check_model(model: nn.Module, modules: Sequence[Place]) -> None:
     Raises:
         ArgumentError, UnsupportedError: they would not be trained, or PEFT's are there already.
     """
-    if any(isinstance(module, DistributedDataParallel) for module in (model, *(place.module for place in modules))):
+    if is_wrapped(model):
         raise ArgumentError(
             "model must not be wrapped in DistributedDataParallel yet, which would not synchronise parameters that are "
             "added later; got a wrapped one. Add the adapter first, then wrap."
@@ -185,6 +185,25 @@ def check_model(model: nn.Module, modules: Sequence[Place]) -> None:
         raise UnsupportedError(
             f"model must not hold PEFT's layers; got {foreign[0].name!r} ({type(foreign[0].module).__name__}). "
             "Call patch_peft to compute them with this package, or PEFT's merge_and_unload first."
+        )
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel stands around the model or in it."""
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+
+
+def check_not_wrapped(model: nn.Module, layers: Sequence[LoRALinear], adapter_name: str) -> None:
+    """The adapter of these layers is active already, or there is no wrapper that has registered another's parameters.
+
+    Raises:
+        ArgumentError: it would be trained without being synchronised.
+    """
+    if any(layer.active_adapter != adapter_name for layer in layers) and is_wrapped(model):
+        raise ArgumentError(
+            "adapter_name must be the active adapter of a model in DistributedDataParallel, which synchronises only "
+            f"what required a gradient when it was wrapped; got {adapter_name!r}. Call it on the model inside, then "
+            "wrap that anew."
         )
 
 
@@ -232,21 +251,39 @@ def attach(model: nn.Module, adapter_name: str, made: Sequence[NewAdapter]) -> N
     for new in made:
         module = new.place.module
         layer = module if isinstance(module, LoRALinear) else adopt(module)
-        if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in new.place.parents):
-            _keep_off_the_fast_path(layer)
+        encoder_layers = [parent for parent in new.place.parents if isinstance(parent, nn.TransformerEncoderLayer)]
+        if encoder_layers:
+            _keep_off_the_fast_path(model, encoder_layers, layer)
         layer._attach(adapter_name, new.settings, new.lora_A, new.lora_B)
 
 
-def _keep_off_the_fast_path(layer: LoRALinear) -> None:
-    """nn.TransformerEncoderLayer's fast path for inference reads its linears' weights, unless one has a hook."""
+def _keep_off_the_fast_path(model: nn.Module, encoder_layers: Sequence[nn.Module], layer: LoRALinear) -> None:
+    """nn.TransformerEncoderLayer's fast path for inference reads its linears' weights, unless one has a hook.
+
+    nn.TransformerEncoder makes a nested tensor for that path where x is padded, whatever hooks there are.
+    """
     if _called not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(_called)
+    for encoder in model.modules():
+        if (
+            isinstance(encoder, nn.TransformerEncoder)
+            and encoder.use_nested_tensor
+            and any(below is one for below in encoder.modules() for one in encoder_layers)
+        ):
+            encoder.__dict__.update({"use_nested_tensor": False, _NESTED_BEFORE: True})
 
 
-def forget_hook(layer: LoRALinear) -> None:
+_NESTED_BEFORE = "_use_nested_tensor_before_lora"
+
+
+def restore_fast_paths(model: nn.Module, layers: Sequence[LoRALinear]) -> None:
     """Undoes it."""
-    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _called]:
-        del layer._forward_pre_hooks[key]
+    for layer in layers:
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _called]:
+            del layer._forward_pre_hooks[key]
+    for encoder in model.modules():
+        if encoder.__dict__.pop(_NESTED_BEFORE, False):
+            encoder.__dict__["use_nested_tensor"] = True
 
 
 def _called(_module: nn.Module, _args: Any) -> None:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import config as config_file
 from lora_kernels.adapters.config import LoRAConfig, read_config
-from lora_kernels.adapters.inject import NewAdapter, attach, base_weight, check_adaptable, check_model, resolve_for
+from lora_kernels.adapters.inject import (
+    NewAdapter,
+    attach,
+    base_weight,
+    check_adaptable,
+    check_model,
+    check_not_wrapped,
+    resolve_for,
+)
 from lora_kernels.adapters.report import AdapterReport, report_on
 from lora_kernels.adapters.switch import merge_lora, set_adapter
 from lora_kernels.adapters.tree import Place, lora_places, places
@@ -83,6 +91,7 @@ def load_lora(
     with open_weights(weights_path) as weights:
         stored = _stored(modules, config, weights, backend)
         if owners:
+            check_not_wrapped(model, list(owners.values()), adapter_name)
             _check_same_modules(owners, stored, weights, f"the model's adapter {adapter_name!r} has")
             tensors = [_for_layer(owners[one.place.name], one, weights, adapter_name) for one in stored]
         else:
@@ -174,7 +183,7 @@ def _read(one: _Stored, weights: WeightsFile, dtype: torch.dtype, device: torch.
 
 def _for_layer(layer: LoRALinear, one: _Stored, weights: WeightsFile, adapter_name: str) -> list[Tensor]:
     """The tensors for an adapter that the layer has."""
-    lora_A, _ = layer.adapter_parameters(adapter_name)
+    lora_A, _ = layer.parameters_of(adapter_name)
     if lora_A.shape[0] != one.settings.r:
         raise AdapterFileError(
             f"{weights.path}: {one.keys[PARTS[0]][0]!r} must be {list(lora_A.shape)}, since the model's adapter "

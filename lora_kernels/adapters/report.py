@@ -79,11 +79,11 @@ def report_on(model: nn.Module, adapter_name: str, unmatched: tuple[str, ...] = 
     """The report on an adapter of a model."""
     modules, others = [], set()
     for place, layer in lora_places(model):
-        others |= {id(parameter) for pair in map(layer.adapter_parameters, layer.adapters) for parameter in pair}
+        others |= {id(parameter) for pair in map(layer.parameters_of, layer.adapters) for parameter in pair}
         if layer.merged:
             others.add(id(layer.weight))  # the sum; the base's own weight is counted
         if adapter_name in layer.adapters:
-            settings, (lora_A, lora_B) = layer.adapter_settings(adapter_name), layer.adapter_parameters(adapter_name)
+            settings, (lora_A, lora_B) = layer.settings_of(adapter_name), layer.parameters_of(adapter_name)
             modules.append(
                 AdaptedModule(
                     place.name,

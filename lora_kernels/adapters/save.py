@@ -24,7 +24,7 @@ def save_lora(
     directory: str | os.PathLike[str],
     *,
     adapter_name: str | None = None,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
 ) -> None:
     """Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
@@ -67,9 +67,9 @@ def save_lora(
                     "model must hold its LoRA layers under names, which become the file's keys; got a LoRALinear "
                     "itself. Put it into a module."
                 )
-            adapted[place.name] = layer.adapter_settings(name)
+            adapted[place.name] = layer.settings_of(name)
             transposed.append(layer.fan_in_fan_out)
-            for part, parameter in zip(PARTS, layer.adapter_parameters(name), strict=True):
+            for part, parameter in zip(PARTS, layer.parameters_of(name), strict=True):
                 if parameter.is_meta:
                     raise DeviceError(f"{part} of {place.name!r} must hold data to be saved; got a meta tensor.")
                 # Copies: safetensors refuses one storage under two keys, which a module at two places has.
@@ -82,7 +82,7 @@ def save_lora(
         places(model),
         adapted,
         fan_in_fan_out=all(transposed),
-        base_model_name_or_path=base_model_name_or_path,
+        base_model_name_or_path=None if base_model_name_or_path is None else os.fspath(base_model_name_or_path),
         task_type=task_type,
     )
     _write_pair(Path(directory), json.dumps(config, indent=2, sort_keys=True), tensors)
@@ -112,25 +112,24 @@ def _write_pair(directory: Path, config: str, tensors: Mapping[str, Tensor]) -> 
         raise ArgumentError(f"directory must be a directory, or not exist yet; got the file {directory}.") from None
     aside = Path(tempfile.mkdtemp(prefix=".lora-", dir=directory))
     names = (config_file.NAME, weights_file.NAME)
-    old, done = [], []
+    before = [name for name in names if os.path.lexists(directory / name)]
     try:
         write_weights(tensors, aside / weights_file.NAME)
         (aside / config_file.NAME).write_text(config, encoding="utf-8")
         for name in names:
             _to_disk(aside / name)
         # A directory without a config loads as nothing: it goes first and comes last. Links are replaced, not followed.
-        for name in names:
-            if os.path.lexists(directory / name):
-                os.replace(directory / name, aside / f"{name}.old")
-                old.append(name)
+        for name in before:
+            os.replace(directory / name, aside / f"{name}.old")
         for name in reversed(names):
             os.replace(aside / name, directory / name)
-            done.append(name)
     except BaseException:
-        for name in done:
-            (directory / name).unlink()
-        for name in reversed(old):
-            os.replace(aside / f"{name}.old", directory / name)
+        # How far it came is read from the disk: an interruption may follow a rename before anything could note it.
+        for name in reversed(names):
+            if name not in before:
+                (directory / name).unlink(missing_ok=True)
+            elif os.path.lexists(aside / f"{name}.old"):
+                os.replace(aside / f"{name}.old", directory / name)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

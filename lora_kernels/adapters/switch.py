@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_kernels.adapters.inject import forget_hook
+from lora_kernels.adapters.inject import check_not_wrapped, restore_fast_paths
 from lora_kernels.adapters.tree import adapter_names, lora_layers
 from lora_kernels.errors import ArgumentError
 from lora_kernels.nn import LoRALinear
@@ -27,7 +27,8 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         adapter_name: one of its adapters, or None.
 
     Raises:
-        ArgumentError: the model has no adapter of this name, or no LoRA layers.
+        ArgumentError: the model has no adapter of this name, or no LoRA layers; or it is wrapped in
+            DistributedDataParallel, which would not synchronise an adapter that waited when it was wrapped.
 
     Example:
         >>> import torch
@@ -42,6 +43,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     layers = lora_layers(model)
     if adapter_name is not None:
         _check_has(layers, adapter_name)
+        check_not_wrapped(model, [layer for layer in layers if adapter_name in layer.adapters], adapter_name)
     merged = any(layer.merged for layer in layers)
     for layer in layers:
         layer.set_adapter(adapter_name if adapter_name in layer.adapters else None)
@@ -144,8 +146,9 @@ def unload_lora(model: nn.Module) -> None:
           (0): Linear(in_features=8, out_features=8, bias=True)
         )
     """
-    for layer in lora_layers(model):
-        forget_hook(layer)
+    layers = lora_layers(model)
+    restore_fast_paths(model, layers)
+    for layer in layers:
         release(layer)
 
 

@@ -6,7 +6,7 @@ below: ops and kernels trust what they are given.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any, NoReturn
 
 import torch
@@ -59,8 +59,8 @@ def check_scaling(scaling: object) -> None:
 
 
 def check_finite(name: str, scaling: object) -> None:
-    """A finite number."""
-    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not -math.inf < scaling < math.inf:
+    """A finite number, in the range of a float."""
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not abs(scaling) <= sys.float_info.max:
         raise ArgumentError(f"{name} must be a finite number, usually lora_alpha / r; got {scaling!r}.")
 
 
@@ -127,6 +127,11 @@ def check_branch(base_out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) ->
 
 
 def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes first among them
+    if getattr(x, "is_nested", False):
+        raise UnsupportedError(
+            "x must be a dense tensor; got a nested one. nn.TransformerEncoder makes them in eval mode: build it with "
+            "enable_nested_tensor=False, or pad x."
+        )
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(

@@ -7,6 +7,7 @@ counter or a cached decision on the layer would make torch.compile trace again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 # then cost less than the Python of one of ours, and masks are drawn once instead of computed twice. By the bits of the
 # dtype and whether x is dropped; python -m bench.peft_step prints the ratios on both sides.
 SMALL_CALL = {(32, False): 1 << 26, (32, True): 1 << 28, (16, False): 1 << 22, (16, True): 1 << 24}
+_LARGEST = sys.float_info.max
 _SMALL_IN_ANY_CASE, _LARGE_IN_ANY_CASE = min(SMALL_CALL.values()), max(SMALL_CALL.values())
 
 
@@ -218,8 +220,11 @@ def servable_adapter(layer: Any) -> tuple[str | None, str]:
     if why := _own_call(dropout):
         return None, f"its dropout {why}"
     scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor) and scaling.dim() != 0:
-        return None, "its scaling is more than one number"
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or not scaling.is_floating_point():
+            return None, "its scaling is a tensor that is not one floating-point number"
+    elif type(scaling) not in (float, int) or not abs(scaling) <= _LARGEST:
+        return None, "its scaling is not a finite number"
     return name, ""
 
 

@@ -75,7 +75,7 @@ class NamedAdapter(nn.Module):
 
 
 def child_name(adapter_name: str) -> str:
-    """What the layer calls the child that holds the adapter."""
+    """What the layer calls the child that holds the adapter; nothing else of a layer's begins like this."""
     return f"adapter_{adapter_name}"
 
 
@@ -120,11 +120,34 @@ def initialise(lora_A: torch.Tensor, lora_B: torch.Tensor, init_lora_weights: In
         nn.init.zeros_(lora_B)
 
 
+# What a subclass of nn.Linear may define and still be one: making itself is over, and the rest is Python's.
+_NO_BEHAVIOUR = frozenset(
+    {
+        "__annotate_func__",
+        "__annotations__",
+        "__annotations_cache__",
+        "__constants__",
+        "__doc__",
+        "__firstlineno__",
+        "__init__",
+        "__module__",
+        "__qualname__",
+        "__static_attributes__",
+        "extra_repr",
+        "reset_parameters",
+    }
+)
+
+
 def obstacle(linear: Any) -> str | None:
     """Why a module is no plain linear: its weight is packed or parametrized, or it computes something else."""
     found = type(linear).__name__
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return found
+    ancestors = type(linear).__mro__[: type(linear).__mro__.index(nn.Linear)]
+    own = sorted({name for ancestor in ancestors for name in vars(ancestor)} - _NO_BEHAVIOUR)
+    if own:
+        return f"{found}, which adds {', '.join(own[:3])} to nn.Linear"
     return weight_obstacle(linear, (linear.out_features, linear.in_features))
 
 

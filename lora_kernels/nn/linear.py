@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lora_kernels.errors import ArgumentError, DeviceError, DtypeError
 from lora_kernels.functional import _checks
+from lora_kernels.functional._nodes import without_autocast
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn.adapter import (
     DEFAULT,
@@ -345,9 +346,9 @@ class LoRALinear(nn.Linear):
         """Writes into the parameters of one of the layer's adapters; of settings, what y depends on: alpha, scaling."""
         merged = self.merged
         self.unmerge()
-        for parameter, tensor in zip(self.adapter_parameters(adapter_name), (lora_A, lora_B), strict=True):
+        for parameter, tensor in zip(self.parameters_of(adapter_name), (lora_A, lora_B), strict=True):
             parameter.copy_(tensor)
-        now = self.adapter_settings(adapter_name)
+        now = self.settings_of(adapter_name)
         scaling = settings.scaling
         if isinstance(now.scaling, Tensor):
             scaling = now.scaling.fill_(scaling)
@@ -358,12 +359,12 @@ class LoRALinear(nn.Linear):
         if merged:
             self.merge()
 
-    def adapter_settings(self, adapter_name: str) -> AdapterSettings:
+    def settings_of(self, adapter_name: str) -> AdapterSettings:
         """The numbers of one of the layer's adapters."""
         self._check_has(adapter_name)
         return self._active_settings() if adapter_name == self.active_adapter else self._settings[adapter_name]
 
-    def adapter_parameters(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A and lora_B of one of the layer's adapters, active or not."""
         self._check_has(adapter_name)
         home = self if adapter_name == DEFAULT else cast(nn.Module, self._modules[child_name(adapter_name)])
@@ -424,8 +425,11 @@ class LoRALinear(nn.Linear):
         if self.weight.is_meta:
             raise DeviceError("weight must hold data to be merged; got a meta tensor. Materialise the layer first.")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        update = (self.scaling * self.lora_B.to(wide)) @ self.lora_A.to(wide)
-        total = (update.T if self.fan_in_fan_out else update).add_(self.weight).to(self.weight.dtype)
+        with without_autocast(self.weight.device.type):  # which would round the product, and the sum with it
+            update = (self.scaling * self.lora_B.to(wide)) @ self.lora_A.to(wide)
+        if self.fan_in_fan_out:
+            update = update.T.contiguous()
+        total = update.add_(self.weight).to(self.weight.dtype)
         base = cast(nn.Parameter, self.weight)
         self.register_parameter("unmerged_weight", base)
         self.weight = nn.Parameter(total, requires_grad=base.requires_grad)

@@ -127,7 +127,7 @@ SITUATIONS = {
     "p = 1": (dropout_of_everything, "its dropout works in place or drops everything"),
     "dropout in place": (dropout_in_place, "its dropout works in place or drops everything"),
     "tensor subclass in A": (subclass_in_lora_A, "lora_A holds a Tagged"),
-    "scaling per row": (scaling_of_each_row, "its scaling is more than one number"),
+    "scaling per row": (scaling_of_each_row, "its scaling is a tensor that is not one floating-point number"),
     "16-bit adapter, fp32 base": (bf16_adapters, "x is float32, the adapter bfloat16"),
 }
 situations = pytest.mark.parametrize(("change", "reason"), SITUATIONS.values(), ids=SITUATIONS)

@@ -48,7 +48,7 @@ def output_of(name, x) -> torch.Tensor:
     add_lora(alone, r=RANKS[name], target_modules=TARGETS[name])
     for key, layer in alone.named_modules():
         if isinstance(layer, LoRALinear):
-            lora_A, lora_B = model.get_submodule(key).adapter_parameters(name)
+            lora_A, lora_B = model.get_submodule(key).parameters_of(name)
             layer.lora_A.data, layer.lora_B.data = lora_A.data, lora_B.data
     return alone(x)
 
@@ -263,7 +263,7 @@ def test_unknown_names():
         with pytest.raises(ArgumentError, match=r"^model must have LoRA layers"):
             call(Stack(), "default")
     layer = model.layers[0].up
-    for call in (layer.set_adapter, layer.delete_adapter, layer.adapter_settings, layer.adapter_parameters):
+    for call in (layer.set_adapter, layer.delete_adapter, layer.settings_of, layer.parameters_of):
         with pytest.raises(ArgumentError, match=r"^adapter_name must be one of the layer's adapters"):
             call("english")
     with pytest.raises(ArgumentError, match=r"^adapter_name must be new to the layer"):
