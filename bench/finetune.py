@@ -221,6 +221,7 @@ def linears(encoder: nn.Module) -> list[str]:
 def make_arms(start: Classifier, names: Sequence[str], config: Config) -> dict[str, Arm]:
     """The arms, from one frozen encoder, head and A; the adapters are fp32 over any base, PEFT's default."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     adapter = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": names}
     stock = copy.deepcopy(start)
@@ -231,15 +232,15 @@ def make_arms(start: Classifier, names: Sequence[str], config: Config) -> dict[s
     report = patch_peft(patched)
     assert report.fused == len(names), report
     add_lora(native.encoder, **adapter, adapter_dtype=torch.float32)
-    layers = {name: stock.encoder.get_submodule(f"base_model.model.{name}") for name in names}
     with torch.no_grad():
-        for name, layer in layers.items():
+        for name in names:
+            layer = stock.encoder.get_submodule(f"base_model.model.{name}")
             native.encoder.get_submodule(name).lora_A.copy_(layer.lora_A["default"].weight)
     _shift_by_one_ulp(twin)
     models = {PEFT: stock, TWIN: twin, PATCHED: patched, NATIVE: native}
     for model in models.values():
         for module in model.modules():  # the LoRA dropout is on, the encoder's own stays off
-            if isinstance(module, (LoRALinear, type(next(iter(layers.values()))))):
+            if isinstance(module, LoRALinear | LoraLayer):
                 module.train()
     return {name: Arm(model, config) for name, model in models.items()}
 

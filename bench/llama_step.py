@@ -20,7 +20,7 @@ import gc
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -133,7 +133,7 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def _old_names():  # type: ignore[no-untyped-def]
+def _old_names() -> Iterator[None]:
     """peft and this script call transformers by names that every version of 5 has; the newest warns of them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated")
@@ -173,7 +173,7 @@ def stock_model(size: Size, case: Case, device: torch.device) -> Any:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
