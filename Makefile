@@ -42,8 +42,9 @@ $(READY): pyproject.toml
 
 test: test-unit test-interpret test-compile ## run every test that needs no GPU
 
-test-unit: $(READY) ## the package's behaviour on CPU, and the specification
-	$(BIN)/python -m pytest tests/unit tests/reference tests/interop
+# One thread per worker here, too: the tests' tensors are small, and threads that wait for each other's cores spin.
+test-unit: $(READY) ## the package's behaviour on CPU, the specification, and PEFT and Transformers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/unit tests/reference tests/interop
 
 # A process of its own: Triton reads TRITON_INTERPRET once, when the kernels are imported. One thread per
 # worker, because the interpreter's NumPy products are too small to share.
