@@ -127,12 +127,14 @@ _NO_BEHAVIOUR = frozenset(
         "__annotations__",
         "__annotations_cache__",
         "__constants__",
+        "__dict__",
         "__doc__",
         "__firstlineno__",
         "__init__",
         "__module__",
         "__qualname__",
         "__static_attributes__",
+        "__weakref__",
         "extra_repr",
         "reset_parameters",
     }
@@ -144,11 +146,12 @@ def obstacle(linear: Any) -> str | None:
     found = type(linear).__name__
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return found
+    of_weight = weight_obstacle(linear, (linear.out_features, linear.in_features))
+    if of_weight is not None:
+        return of_weight
     ancestors = type(linear).__mro__[: type(linear).__mro__.index(nn.Linear)]
     own = sorted({name for ancestor in ancestors for name in vars(ancestor)} - _NO_BEHAVIOUR)
-    if own:
-        return f"{found}, which adds {', '.join(own[:3])} to nn.Linear"
-    return weight_obstacle(linear, (linear.out_features, linear.in_features))
+    return f"{found}, which adds {', '.join(own[:3])} to nn.Linear" if own else None
 
 
 def weight_obstacle(module: nn.Module, shape: tuple[int, int]) -> str | None:
