@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -106,6 +107,16 @@ def scaling_of_each_row(model):
         layer.scaling["default"] = torch.full((layer.out_features,), 0.5)
 
 
+def scaling_of_integers(model):
+    for layer in layers_of(model):
+        layer.scaling["default"] = torch.tensor(2)
+
+
+def scaling_of_numpy(model):
+    for layer in layers_of(model):
+        layer.scaling["default"] = np.float32(0.5)
+
+
 def bf16_adapters(model):
     for layer in layers_of(model):
         layer.lora_A.bfloat16(), layer.lora_B.bfloat16()
@@ -128,6 +139,8 @@ SITUATIONS = {
     "dropout in place": (dropout_in_place, "its dropout works in place or drops everything"),
     "tensor subclass in A": (subclass_in_lora_A, "lora_A holds a Tagged"),
     "scaling per row": (scaling_of_each_row, "its scaling is a tensor that is not one floating-point number"),
+    "scaling of integers": (scaling_of_integers, "its scaling is a tensor that is not one floating-point number"),
+    "scaling of numpy": (scaling_of_numpy, "its scaling is not a finite number"),
     "16-bit adapter, fp32 base": (bf16_adapters, "x is float32, the adapter bfloat16"),
 }
 situations = pytest.mark.parametrize(("change", "reason"), SITUATIONS.values(), ids=SITUATIONS)
