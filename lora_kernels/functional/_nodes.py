@@ -14,23 +14,54 @@ from lora_kernels.errors import UnsupportedError
 
 def apply(
     node: type[torch.autograd.Function],
-    transformable: type[torch.autograd.Function],
+    twin: type[torch.autograd.Function],
     forward: Callable[..., Any],
     inputs: tuple[Any, ...],
 ) -> Tensor:
-    """y: through `transformable` inside torch.func, through no node where no gradient is recorded, else through `node`.
+    """y: through the `transformable` twin in torch.func, through no node where no gradient is recorded, else `node`.
 
-    A `transformable` node has `setup_context`, which torch.func wants, and returns (y, xa). Not for every call: PyTorch
-    then inspects the signature each time, and a node takes 2.5 times as long to make (`bench.choices`).
+    Not the twin for every call: PyTorch inspects its signature each time, and a node takes 2.5 times as long to make
+    (`bench.choices`).
     """
     y: Tensor
     if torch._C._are_functorch_transforms_active():
-        y, _ = transformable.apply(*inputs)
+        y, _ = twin.apply(*inputs)
     elif not torch.is_grad_enabled():
         y, _ = forward(*inputs)
     else:
         y = node.apply(*inputs)
     return y
+
+
+def transformable(
+    node: type[torch.autograd.Function], forward: Callable[..., Any], save: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """A node's twin for torch.func, which wants `setup_context`.
+
+    Args:
+        node: whose backward it has.
+        forward: the op; returns (y, xa), xa being an output only so that setup_context can save it.
+        save: save(ctx, inputs, xa).
+    """
+
+    class Transformable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+            y, xa = forward(*inputs)
+            return y, xa
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            ctx.mark_non_differentiable(output[1])
+            save(ctx, inputs, output[1])
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor | None, _d_xa: None) -> Any:
+            return node.backward(ctx, dy)
+
+    return Transformable
 
 
 def first_order_only(operation: str, backward: Callable[..., Any]) -> type[torch.autograd.Function]:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lora_kernels import config, ops
 from lora_kernels.functional import _checks
-from lora_kernels.functional._nodes import apply, cast_adapter, cast_input, first_order_only, without_autocast
+from lora_kernels.functional._nodes import (
+    apply,
+    cast_adapter,
+    cast_input,
+    first_order_only,
+    transformable,
+    without_autocast,
+)
 from lora_kernels.reference import branch as reference
 
 
@@ -65,29 +72,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
     )
 
 
-class _TransformableFunction(torch.autograd.Function):
-    """The same node for torch.func, which wants setup_context."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        """y and xa, which is an output only so that setup_context can save it."""
-        y, xa = ops.branch_forward(*inputs)
-        return y, xa
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """As `_save`."""
-        ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _d_xa: None) -> tuple[Tensor | None, ...]:
-        """As in LoRABranchFunction."""
-        return LoRABranchFunction.backward(ctx, dy)
-
-
+_Transformable = transformable(LoRABranchFunction, ops.branch_forward, _save)
 _FirstOrderOnly = first_order_only("lora_branch", ops.branch_backward)
 
 
@@ -186,4 +171,4 @@ def lora_branch(
             )  # fmt: skip
         return y.view(base_out.shape)
     inputs = (base_out, x, lora_A, lora_B, seed, scaling, dropout_p, backend)
-    return apply(LoRABranchFunction, _TransformableFunction, ops.branch_forward, inputs)
+    return apply(LoRABranchFunction, _Transformable, ops.branch_forward, inputs)

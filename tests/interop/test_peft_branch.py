@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import bitsandbytes
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -29,8 +30,6 @@ from tests.interop.peft_cases import (
 
 K, N, M = 128, 96, 64
 BF16, FP32 = torch.bfloat16, torch.float32
-
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this platform")
 
 
 @pytest.fixture(autouse=True)

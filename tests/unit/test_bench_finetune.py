@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+import transformers
 
 from bench import docstrings, finetune
 from lora_kernels.interop import _peft_layers
@@ -12,7 +13,6 @@ from lora_kernels.interop import _peft_layers
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A configuration of a two-layer BERT with random weights, and a few texts that two words tell apart."""
-    transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(_peft_layers, "is_small", lambda layer, x: False)
     torch.manual_seed(0)
     encoder = transformers.BertModel(
