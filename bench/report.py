@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench import choices, comparison, host, providers, targets
+from bench import choices, comparison, host, peft_memory, peft_step, providers, targets
 from bench.comparison import Found, milliseconds, ours
+from bench.peft_layers import PATCHED
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record, read_csv
@@ -59,6 +60,8 @@ def page(folder: Path) -> str:
         _side_by_side("Side by side", cases),
         _strategies(folder),
         _memory_and_error(cases),
+        _peft_step(_rows(folder / "peft_step.csv", peft_step.StepRow)),
+        _peft_memory(_rows(folder / "peft_memory.csv", peft_memory.MemoryRow)),
         _host(host_rows),
         _choices(_rows(folder / "choices.csv", choices.ChoiceRow)),
         _left_out(records, run),
@@ -196,6 +199,43 @@ def _host(rows: Sequence[host.HostRow]) -> str:
     ]
     titles = ["forward + backward of a tiny linear", "p", "µs of the host (10th–90th percentile)", "over nothing"]
     return _section("Host time", titles, cells)
+
+
+def _peft_step(rows: Sequence[peft_step.StepRow]) -> str:
+    """Every patched step over stock's, with what is slower by more than the noise first."""
+    patched = sorted((row for row in rows if row.contender == PATCHED), key=lambda row: row.ratio <= peft_step.NOISE)
+    slower = sum(row.ratio > peft_step.NOISE for row in patched)
+    cells = [
+        [
+            f"{r.name}, M = {r.M}, [{r.N} × {r.K}]{'' if r.base == 'linear' else ', ' + r.base}",
+            f"{r.dtype}{' autocast' if r.autocast else ''}",
+            f"{r.dropout_p:g}",
+            f"{r.ratio:.2f} ({r.ratio_p10:.2f}–{r.ratio_p90:.2f})",
+        ]
+        for r in patched
+    ]
+    note = (
+        f"A training step over stock PEFT's, by `python -m bench.peft_step`; {slower} of {len(patched)} are more than "
+        f"{peft_step.NOISE - 1:.0%} slower, and come first."
+    )
+    return _section("patch_peft", ["layer", "dtypes", "p", "time over stock's (10th–90th percentile)"], cells, note)
+
+
+def _peft_memory(rows: Sequence[peft_memory.MemoryRow]) -> str:
+    cells = [
+        [
+            f"{r.name}, M = {r.M}, [{r.N} × {r.K}]{'' if r.base == 'linear' else ', ' + r.base}",
+            f"{r.dtype}{' autocast' if r.autocast else ''}",
+            f"{r.dropout_p:g}",
+            f"{r.stock_units:.2f}",
+            f"{r.patched_units:.2f}",
+            f"{r.share:.0%}",
+        ]
+        for r in rows
+    ]
+    titles = ["layer", "dtypes", "p", "stock", "patched", "share"]
+    note = "Kept for backward in units of x in bf16, fp32 adapters; by `python -m bench.peft_memory`."
+    return _section("patch_peft: kept for backward", titles, cells, note)
 
 
 def _choices(rows: Sequence[choices.ChoiceRow]) -> str:
