@@ -15,10 +15,13 @@ from torch import Tensor
 from lora_kernels.config import BACKENDS, INTERPRETED
 from lora_kernels.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from lora_kernels.planning.tiles import MAX_RANK
+from lora_kernels.reference.philox import COLUMNS_PER_COUNTER
 
 HALF = (torch.float16, torch.bfloat16)
 COMPUTED = (torch.float32, *HALF)
 LAYER_DTYPES = (*COMPUTED, torch.float64)
+
+Offset = tuple[int | Tensor, int | Tensor] | None
 
 
 def check_backend(backend: object) -> None:
@@ -238,24 +241,14 @@ def check_servable(backend: str, x: Tensor, base_out: Tensor | None = None) -> N
             )
 
 
-def check_seed(dropout_seed: Any, device: torch.device) -> None:
-    """None, an int of 64 bits, or a one-element int64 tensor on `device`."""
+def check_seed(dropout_seed: Any, dropout_offset: Any, device: torch.device) -> None:
+    """None, an int of 64 bits, or a one-element int64 tensor on `device`; and a row and a column to begin at."""
+    if dropout_offset is not None:
+        _check_offset(dropout_offset, device)
     if dropout_seed is None:
         return
     if isinstance(dropout_seed, Tensor):
-        if dropout_seed.dtype != torch.int64:
-            raise DtypeError(
-                f"dropout_seed must be int64; got {_name(dropout_seed.dtype)}. Convert it with .to(torch.int64)."
-            )
-        if dropout_seed.numel() != 1:
-            raise ShapeError(
-                f"dropout_seed must have one element; got shape {_shape(dropout_seed)}. Draw one seed per call."
-            )
-        if dropout_seed.device != device:
-            raise DeviceError(
-                f"dropout_seed must be on x's device, {device}; got {dropout_seed.device}. "
-                f"Draw it with device={str(device)!r}."
-            )
+        _check_one_int("dropout_seed", dropout_seed, device, "Draw one seed per call.")
         return
     if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
         raise DtypeError(
@@ -265,15 +258,53 @@ def check_seed(dropout_seed: Any, device: torch.device) -> None:
         raise ArgumentError(f"dropout_seed must fit in 64 bits; got {dropout_seed}. Use torch.seed() or a smaller int.")
 
 
-def seed_tensor(dropout_seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """[1] int64 on `device`: what was passed, or a draw from torch's generator, which manual_seed governs."""
+def _check_one_int(name: str, tensor: Tensor, device: torch.device, hint: str) -> None:
+    if tensor.dtype != torch.int64:
+        raise DtypeError(f"{name} must be int64; got {_name(tensor.dtype)}. Convert it with .to(torch.int64).")
+    if tensor.numel() != 1:
+        raise ShapeError(f"{name} must have one element; got shape {_shape(tensor)}. {hint}")
+    if tensor.device != device:
+        raise DeviceError(
+            f"{name} must be on x's device, {device}; got {tensor.device}. Draw it with device={str(device)!r}."
+        )
+
+
+def _check_offset(offset: Any, device: torch.device) -> None:
+    if not isinstance(offset, tuple) or len(offset) != 2:
+        raise ArgumentError(f"dropout_offset must be a (row, column) pair or None; got {offset!r}.")
+    for name, value in zip(("row", "column"), offset, strict=True):
+        if isinstance(value, Tensor):
+            _check_one_int(f"dropout_offset's {name}", value, device, "It is where x begins.")
+        elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or not 0 <= value < 2**32:
+            raise ArgumentError(
+                f"dropout_offset's {name} must be an int from 0 to 2^32 - 1, or a one-element int64 tensor; got "
+                f"{value!r}."
+            )
+    column = offset[1]
+    if not isinstance(column, Tensor) and column % COLUMNS_PER_COUNTER:
+        raise ArgumentError(
+            f"dropout_offset's column must be a multiple of {COLUMNS_PER_COUNTER}, since so many columns share one "
+            f"random number; got {column}. Shard in_features in such multiples, or set dropout_p to 0."
+        )
+
+
+def seed_tensor(dropout_seed: int | Tensor | None, dropout_offset: Offset, device: torch.device) -> Tensor:
+    """[1] int64 on `device`: what was passed, or a draw from torch's generator; [3] where x is a shard."""
     if dropout_seed is None:
-        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
-    if isinstance(dropout_seed, Tensor):
-        return dropout_seed.reshape(1)
-    # torch's own seeds are unsigned: the upper half of their range is the negative half of int64, bit by bit.
-    signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
-    return torch.full((1,), signed, dtype=torch.int64, device=device)
+        key = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    elif isinstance(dropout_seed, Tensor):
+        key = dropout_seed.reshape(1)
+    else:
+        # torch's own seeds are unsigned: the upper half of their range is the negative half of int64, bit by bit.
+        signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
+        key = torch.full((1,), signed, dtype=torch.int64, device=device)
+    if dropout_offset is None:
+        return key
+    beginning = (
+        value.reshape(1) if isinstance(value, Tensor) else torch.full((1,), value, dtype=torch.int64, device=device)
+        for value in dropout_offset
+    )
+    return torch.cat([key, *beginning])
 
 
 def _name(dtype: torch.dtype | None) -> str:
