@@ -7,10 +7,11 @@ below: ops and kernels trust what they are given.
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.config import BACKENDS, INTERPRETED
 from lora_kernels.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
@@ -20,6 +21,7 @@ from lora_kernels.reference.philox import COLUMNS_PER_COUNTER
 HALF = (torch.float16, torch.bfloat16)
 COMPUTED = (torch.float32, *HALF)
 LAYER_DTYPES = (*COMPUTED, torch.float64)
+_ORDINARY = (Tensor, nn.Parameter)
 
 Offset = tuple[int | Tensor, int | Tensor] | None
 
@@ -140,6 +142,8 @@ def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes firs
             raise DtypeError(
                 f"{name} must be a torch.Tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor."
             )
+        if type(tensor) not in _ORDINARY and hasattr(type(tensor), "full_tensor"):
+            _refuse_sharded(name, tensor)
         if not tensor.is_floating_point():
             raise DtypeError(
                 f"{name} must be a floating-point tensor; got {_name(tensor.dtype)}. Complex and integer LoRA is not "
@@ -155,6 +159,32 @@ def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes firs
                 f"{name} must be on x's device, {x.device}; got {tensor.device}. "
                 f"Move it with {name}.to({str(x.device)!r})."
             )
+
+
+def _refuse_sharded(name: str, tensor: Any) -> NoReturn:
+    """For a DTensor: what a rank holds of it would fit together with nothing, or, worse, with another shard."""
+    raise UnsupportedError(
+        f"{name}{_of_layer()} must be a whole tensor; got a DTensor of {_shape(tensor)} placed as "
+        f"{list(tensor.placements)}, of which this rank holds {_shape(tensor.to_local())}. Under fully_shard, call the "
+        "module that was sharded, whose forward gathers its parameters, and shard no part of a LoRA layer by itself; "
+        "for tensor parallel, give the layer LoRAColwiseParallel or LoRARowwiseParallel of lora_kernels.distributed."
+    )
+
+
+def _of_layer() -> str:
+    """The layer that is being called, by its name in the outermost module that is: a module does not know its own."""
+    frame: FrameType | None = sys._getframe()
+    called: list[nn.Module] = []
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, nn.Module):
+            called.append(found)
+        frame = frame.f_back
+    if not called:
+        return ""
+    names = {id(module): name for name, module in called[-1].named_modules()}
+    name = names.get(id(called[0]), "")
+    return f" of {type(called[0]).__name__} {name!r}" if name else f" of {type(called[0]).__name__}"
 
 
 def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> NoReturn:

@@ -4,9 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from lora_kernels import ArgumentError, DeviceError, DtypeError, ShapeError, lora_branch, lora_linear
+from lora_kernels import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    LoRALinear,
+    ShapeError,
+    UnsupportedError,
+    lora_branch,
+    lora_linear,
+)
 from lora_kernels.reference.philox import keep_mask
 from lora_kernels.testing import make_branch_inputs, make_linear_inputs, run_branch, run_linear
 
@@ -154,3 +165,33 @@ def test_bad_offsets(case, p):
         with pytest.raises(error) as info:
             call()
         assert str(info.value) == message
+
+
+@pytest.fixture
+def one_rank():
+    """A mesh of this process alone: DTensors of one shard, which is the whole, and still no plain tensors."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_weight_is_refused_by_the_layers_name(one_rank):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(LoRALinear(8, 6, r=2)))
+    layer = model[1][0]
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight, one_rank, [Shard(0)]))
+    told = (
+        "must be a whole tensor; got a DTensor of [6, 8] placed as [Shard(dim=0)], of which this rank holds [6, 8]. "
+        "Under fully_shard, call the module that was sharded, whose forward gathers its parameters, and shard no part "
+        "of a LoRA layer by itself; for tensor parallel, give the layer LoRAColwiseParallel or LoRARowwiseParallel of "
+        "lora_kernels.distributed."
+    )
+    x = torch.ones(2, 8)
+    for call, named in (
+        (lambda: model(x), "weight of LoRALinear '1.0' "),
+        (lambda: layer(x), "weight of LoRALinear "),
+        (lambda: lora_linear(x, layer.weight, layer.lora_A, layer.lora_B), "weight "),
+        (lambda: lora_branch(x, layer.weight, layer.lora_A, torch.ones(8, 2)), "x "),
+    ):
+        with pytest.raises(UnsupportedError) as info:
+            call()
+        assert str(info.value) == named + told
