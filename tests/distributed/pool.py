@@ -1,8 +1,8 @@
 """Processes that are started once, and run functions together as the ranks of a gloo group.
 
-`pool.run(function, *args)` calls `function(rank, world_size, *args)` on every rank and returns their results. Starting a
-process costs seconds, most of them for importing torch; a group costs milliseconds, so that every run has its own, and
-nothing that a failed run left in the air reaches the next.
+`pool.run(function, *args)` calls `function(rank, world_size, *args)` on every rank and returns their results. To start
+a process costs seconds, most of them for importing torch; a group costs milliseconds, so that every run has its own,
+and nothing that a failed run left in the air reaches the next.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -69,12 +70,10 @@ class Pool:
         job = pickle.dumps((function, args, count, store, timeout))
         answers: dict[int, tuple[bool, Any]] = {}
         failures: dict[int, str] = {}
-        for rank, worker in enumerate(workers):
-            try:
+        for worker in workers:
+            with suppress(OSError):  # of a dead process; that it is dead is read below
                 worker.connection.send_bytes(job)
-            except OSError:
-                failures[rank] = _death(worker)
-        deadline = time.monotonic() + (GRACE if failures else timeout)
+        deadline = time.monotonic() + timeout
         while len(answers) + len(failures) < count:
             waiting = {
                 worker.connection: rank
