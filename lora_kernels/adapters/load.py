@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,16 @@ from lora_kernels.adapters.inject import (
     check_not_wrapped,
     resolve_for,
 )
+from lora_kernels.adapters.ranks import mesh_of, unanimous
 from lora_kernels.adapters.report import AdapterReport, report_on
-from lora_kernels.adapters.switch import merge_lora, set_adapter
+from lora_kernels.adapters.switch import check_layers_not_sharded, merge_lora, set_adapter
 from lora_kernels.adapters.tree import Place, lora_places, places
 from lora_kernels.adapters.weights import PARTS, WeightsFile, check_present, key_of, open_weights
 from lora_kernels.errors import AdapterFileError, DeviceError
 from lora_kernels.nn import LoRALinear
 from lora_kernels.nn.adapter import AdapterSettings, check_adapter_name
 from lora_kernels.nn.adopt import features
+from lora_kernels.nn.sharding import MERGE_ELSEWHERE, reshard
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ def load_lora(
     compiled model is not compiled again; modules and ranks must be those of the file, alpha and scaling become the
     file's. Otherwise the adapter is added as `add_lora` would add it, with the config's dropout; a model that had none
     is frozen. A merged model is merged with what was loaded.
+
+    Into a model whose parameters are sharded, an adapter is loaded only where it has one of this name: all ranks have
+    to call this, each of them reads the files, and an error on one rank is raised on all, before anything is written.
 
     Args:
         model: the base model the adapter was trained on, with or without LoRA layers.
@@ -82,13 +88,15 @@ def load_lora(
         4
     """
     check_adapter_name(adapter_name)
-    config_path, weights_path = check_present(Path(directory), config_file.NAME)
-    config = read_config(config_path)
     modules = places(model)
     layers = lora_places(model)
     owners = {place.name: layer for place, layer in layers if adapter_name in layer.adapters}
     merged = any(layer.merged for _, layer in layers)
-    with open_weights(weights_path) as weights:
+    if merged:
+        check_layers_not_sharded(model, "load_lora into a merged model", MERGE_ELSEWHERE)
+    reshard(model)
+    mesh = mesh_of(parameter for layer in owners.values() for parameter in layer.parameters_of(adapter_name))
+    with unanimous(mesh), _opened(Path(directory)) as (config_path, config, weights):
         stored = _stored(modules, config, weights, backend)
         if owners:
             check_not_wrapped(model, list(owners.values()), adapter_name)
@@ -111,6 +119,15 @@ def load_lora(
     if merged:
         merge_lora(model)
     return report_on(model, adapter_name)
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[tuple[Path, LoRAConfig, WeightsFile]]:
+    """Both files of an adapter."""
+    config_path, weights_path = check_present(directory, config_file.NAME)
+    config = read_config(config_path)
+    with open_weights(weights_path) as weights:
+        yield config_path, config, weights
 
 
 def _stored(modules: Sequence[Place], config: LoRAConfig, weights: WeightsFile, backend: str) -> list[_Stored]:

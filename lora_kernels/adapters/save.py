@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import config as config_file, weights as weights_file
 from lora_kernels.adapters.config import describe
+from lora_kernels.adapters.ranks import mesh_of, unanimous, writes
 from lora_kernels.adapters.tree import adapter_names, lora_layers, lora_places, places
 from lora_kernels.adapters.weights import PARTS, key_of, write_weights
 from lora_kernels.errors import ArgumentError, DeviceError
 from lora_kernels.nn.adapter import AdapterSettings
+from lora_kernels.nn.sharding import check_not_gathered, reshard, whole
 
 
 def save_lora(
@@ -34,6 +36,10 @@ def save_lora(
     place together: an interruption leaves the old pair, the new pair, or a directory that does not load; never one
     file of each.
 
+    Of a model whose parameters are sharded, the ranks gather the adapter together and the first one writes it: all of
+    them have to call this, it returns once the files are there, and an error on one rank is raised on all. Under
+    DistributedDataParallel every process has all of the adapter, and one of them has to call.
+
     Args:
         model: with LoRA layers; what the keys call its modules is what `named_modules` does, without the wrappers of
             torch.compile and torch.nn.parallel.
@@ -46,6 +52,7 @@ def save_lora(
     Raises:
         ArgumentError: the model has no such adapter, or directory is a file.
         DeviceError: the adapter is on the meta device.
+        UnsupportedError: the model is in FullyShardedDataParallel, or a part of a sharded model, gathered just now.
 
     Example:
         >>> import tempfile, torch
@@ -58,8 +65,9 @@ def save_lora(
     """
     name = _name_to_save(model, adapter_name)
     adapted: dict[str, AdapterSettings] = {}
-    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     transposed = []
+    reshard(model)
     for place, layer in lora_places(model):
         if name in layer.adapters:
             if not place.name:
@@ -67,14 +75,14 @@ def save_lora(
                     "model must hold its LoRA layers under names, which become the file's keys; got a LoRALinear "
                     "itself. Put it into a module."
                 )
+            check_not_gathered(layer, "save_lora")
             adapted[place.name] = layer.settings_of(name)
             transposed.append(layer.fan_in_fan_out)
             for part, parameter in zip(PARTS, layer.parameters_of(name), strict=True):
                 if parameter.is_meta:
                     raise DeviceError(f"{part} of {place.name!r} must hold data to be saved; got a meta tensor.")
-                # Copies: safetensors refuses one storage under two keys, which a module at two places has.
                 for alias in place.names:
-                    tensors[key_of(alias, part)] = parameter.detach().to("cpu", copy=True).contiguous()
+                    parameters[key_of(alias, part)] = parameter.detach()
     if base_model_name_or_path is None:
         found = getattr(model, "name_or_path", None)
         base_model_name_or_path = found if isinstance(found, str) and found else None
@@ -85,7 +93,12 @@ def save_lora(
         base_model_name_or_path=None if base_model_name_or_path is None else os.fspath(base_model_name_or_path),
         task_type=task_type,
     )
-    _write_pair(Path(directory), json.dumps(config, indent=2, sort_keys=True), tensors)
+    mesh = mesh_of(parameters.values())
+    # Copies: safetensors refuses one storage under two keys, which a module at two places has.
+    tensors = {key: whole(parameter).to("cpu", copy=True).contiguous() for key, parameter in parameters.items()}
+    with unanimous(mesh):
+        if writes(mesh):
+            _write_pair(Path(directory), json.dumps(config, indent=2, sort_keys=True), tensors)
 
 
 def _name_to_save(model: nn.Module, adapter_name: str | None) -> str:

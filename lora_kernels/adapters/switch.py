@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from lora_kernels.adapters.inject import check_not_wrapped, restore_fast_paths
-from lora_kernels.adapters.tree import adapter_names, lora_layers
+from lora_kernels.adapters.tree import adapter_names, lora_layers, lora_places
 from lora_kernels.errors import ArgumentError
 from lora_kernels.nn import LoRALinear
 from lora_kernels.nn.adopt import release
+from lora_kernels.nn.sharding import ADD_FIRST, MERGE_ELSEWHERE, check_not_sharded, reshard
 
 
 def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
@@ -29,6 +30,7 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
     Raises:
         ArgumentError: the model has no adapter of this name, or no LoRA layers; or it is wrapped in
             DistributedDataParallel, which would not synchronise an adapter that waited when it was wrapped.
+        UnsupportedError: the model is merged and sharded; or it is a part of a sharded model, gathered just now.
 
     Example:
         >>> import torch
@@ -45,6 +47,9 @@ def set_adapter(model: nn.Module, adapter_name: str | None) -> None:
         _check_has(layers, adapter_name)
         check_not_wrapped(model, [layer for layer in layers if adapter_name in layer.adapters], adapter_name)
     merged = any(layer.merged for layer in layers)
+    if merged:
+        check_layers_not_sharded(model, "set_adapter of a merged model", MERGE_ELSEWHERE)
+    reshard(model)  # what a gathered copy requires, FSDP would forget
     for layer in layers:
         layer.set_adapter(adapter_name if adapter_name in layer.adapters else None)
     # Layers that had no adapter until now were not merged and would not be.
@@ -61,9 +66,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
     Raises:
         ArgumentError: the model has no adapter of this name, or no LoRA layers.
+        UnsupportedError: the model is sharded by FSDP, which would put the parameters back.
     """
     layers = lora_layers(model)
     _check_has(layers, adapter_name)
+    check_layers_not_sharded(model, "delete_adapter", ADD_FIRST)
     for layer in layers:
         if adapter_name in layer.adapters:
             layer.delete_adapter(adapter_name)
@@ -81,7 +88,9 @@ def merge_lora(model: nn.Module) -> None:
 
     Raises:
         ArgumentError: the model has no LoRA layers, or no adapter is active.
-        DeviceError: a weight is on the meta device. After any error no layer is merged that was not before.
+        DeviceError: a weight is on the meta device.
+        UnsupportedError: the model is sharded by FSDP, which would put the base weights back at the next forward.
+            After any error no layer is merged that was not before.
 
     Example:
         >>> import torch
@@ -99,6 +108,7 @@ def merge_lora(model: nn.Module) -> None:
             f"model must have an active adapter to merge; got one with {adapter_names(layers)}, none of them active. "
             "Call set_adapter first."
         )
+    check_layers_not_sharded(model, "merge_lora", MERGE_ELSEWHERE)
     fresh = [layer for layer in layers if not layer.merged]
     try:
         for layer in fresh:
@@ -117,8 +127,12 @@ def unmerge_lora(model: nn.Module) -> None:
 
     Raises:
         ArgumentError: the model has no LoRA layers.
+        UnsupportedError: the model was merged and then sharded by FSDP.
     """
-    for layer in lora_layers(model):
+    layers = lora_layers(model)
+    if any(layer.merged for layer in layers):
+        check_layers_not_sharded(model, "unmerge_lora", MERGE_ELSEWHERE)
+    for layer in layers:
         layer.unmerge()
 
 
@@ -133,6 +147,7 @@ def unload_lora(model: nn.Module) -> None:
 
     Raises:
         ArgumentError: the model has no LoRA layers.
+        UnsupportedError: the model is sharded by FSDP, which would put the adapters back.
 
     Example:
         >>> import torch
@@ -147,9 +162,20 @@ def unload_lora(model: nn.Module) -> None:
         )
     """
     layers = lora_layers(model)
+    check_layers_not_sharded(model, "unload_lora", MERGE_ELSEWHERE)
     restore_fast_paths(model, layers)
     for layer in layers:
         release(layer)
+
+
+def check_layers_not_sharded(model: nn.Module, call: str, remedy: str) -> None:
+    """FSDP holds the parameters of no LoRA layer.
+
+    Raises:
+        UnsupportedError: naming the first whose parameters it holds.
+    """
+    for place, layer in lora_places(model):
+        check_not_sharded(layer, call, remedy, place.name)
 
 
 def _check_has(layers: list[LoRALinear], adapter_name: str) -> None:

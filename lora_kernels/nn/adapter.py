@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_kernels.errors import ArgumentError, DtypeError
 from lora_kernels.functional import _checks
+from lora_kernels.nn.sharding import is_dtensor, is_sharded, write
 
 InitLoRAWeights = bool | Literal["gaussian"]
 
@@ -109,7 +110,17 @@ def new_parameters(
 
 @torch.no_grad()
 def initialise(lora_A: torch.Tensor, lora_B: torch.Tensor, init_lora_weights: InitLoRAWeights) -> None:
-    """A as PEFT's default does, B at zero unless init_lora_weights is False."""
+    """A as PEFT's default does, B at zero unless init_lora_weights is False.
+
+    Sharded ones become what whole ones would: ranks with the same seed would draw the same numbers into their parts,
+    and an A whose rows repeat has a lower rank.
+    """
+    if is_dtensor(lora_A) or is_dtensor(lora_B):
+        whole_A, whole_B = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (lora_A, lora_B))
+        initialise(whole_A, whole_B, init_lora_weights)
+        write(lora_A, whole_A)
+        write(lora_B, whole_B)
+        return
     if init_lora_weights == "gaussian":
         nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
     else:
@@ -158,6 +169,8 @@ def weight_obstacle(module: nn.Module, shape: tuple[int, int]) -> str | None:
     """Why a module's weight is not a plain floating-point parameter of this shape."""
     found = type(module).__name__
     weight: Any = module._parameters.get("weight")
+    if is_sharded(module):
+        return f"{found} that FSDP has sharded"
     if weight is None:
         return f"{found} without a weight parameter"
     if is_lazy(weight):

@@ -27,6 +27,7 @@ from lora_kernels.nn.adapter import (
     obstacle,
     resolve_adapter_dtype,
 )
+from lora_kernels.nn.sharding import ADD_FIRST, MERGE_ELSEWHERE, check_not_gathered, check_not_sharded, write
 
 # What the layer shows as its own attributes, of the adapter that is active.
 NUMBERS = tuple(field.name for field in fields(AdapterSettings) if field.name != "trains")
@@ -292,6 +293,7 @@ class LoRALinear(nn.Linear):
             DtypeError: adapter_dtype is neither the weight's dtype nor float32.
         """
         check_adapter_name(adapter_name)
+        check_not_sharded(self, "add_adapter", ADD_FIRST)
         if adapter_name in self._settings:
             raise ArgumentError(
                 f"adapter_name must be new to the layer; it has {list(self._settings)}; got {adapter_name!r}. "
@@ -319,6 +321,7 @@ class LoRALinear(nn.Linear):
             return
         if adapter_name is not None:
             self._check_has(adapter_name)
+        check_not_gathered(self, "set_adapter")
         merged = self.merged
         self._leave()
         if adapter_name is not None:
@@ -336,6 +339,7 @@ class LoRALinear(nn.Linear):
             ArgumentError: the layer has no adapter of this name.
         """
         self._check_has(adapter_name)
+        check_not_sharded(self, "delete_adapter", ADD_FIRST)
         if adapter_name == self.active_adapter:
             self._leave()
         if adapter_name == DEFAULT:
@@ -347,10 +351,11 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def load_adapter(self, adapter_name: str, settings: AdapterSettings, lora_A: Tensor, lora_B: Tensor) -> None:
         """Writes into the parameters of one of the layer's adapters; of settings, what y depends on: alpha, scaling."""
+        check_not_gathered(self, "load_lora")
         merged = self.merged
         self.unmerge()
         for parameter, tensor in zip(self.parameters_of(adapter_name), (lora_A, lora_B), strict=True):
-            parameter.copy_(tensor)
+            write(parameter, tensor)
         now = self.settings_of(adapter_name)
         scaling = settings.scaling
         if isinstance(now.scaling, Tensor):
@@ -430,6 +435,7 @@ class LoRALinear(nn.Linear):
         """
         if self.merged or self.active_adapter is None:
             return
+        check_not_sharded(self, "merge", MERGE_ELSEWHERE)
         if self.weight.is_meta:
             raise DeviceError("weight must hold data to be merged; got a meta tensor. Materialise the layer first.")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -446,6 +452,7 @@ class LoRALinear(nn.Linear):
     def unmerge(self) -> None:
         """weight ← W, the same tensor as before `merge`; no-op when not merged."""
         if self.merged:
+            check_not_sharded(self, "unmerge", MERGE_ELSEWHERE)
             self.weight = self._parameters.pop("unmerged_weight")  # type: ignore[assignment]
             self._merged = False
 
