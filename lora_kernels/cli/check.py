@@ -104,6 +104,7 @@ BRANCH = "branch"
 
 MASK_CASE = Case("mask", 101, 101, 101, 101, bias=False, dropout_p=0.3)
 MASK_SEED = 0x0123_4567_89AB_CDEF  # both halves of the key are in use
+MASK_OFFSET = (2**31 - 9, 24)
 
 
 @dataclass(frozen=True)
@@ -365,18 +366,20 @@ def _check_masks(job: Job) -> Row:
         dy=torch.ones_like(inputs.dy),
         dropout_seed=MASK_SEED,
     )
-    call = _call(job)
-    with poisoned_allocation():
-        spread = call(probe)
-        single = call(dataclasses.replace(probe, dy=torch.eye(size).to(inputs.dy)))
-    expected = keep_mask(torch.tensor([MASK_SEED]), size, size, job.case.dropout_p)
-    seen = {"y": spread["y"], "d_x": spread["d_x"], "d_lora_A": single["d_lora_A"]}
-    wrong = {name: int(((t.cpu() != 0) != expected).sum()) for name, t in seen.items()}
+    call, wrong, bits = _call(job), {}, size * size
+    for part, offset in (("", None), (" of a shard", MASK_OFFSET)):
+        probe = dataclasses.replace(probe, dropout_offset=offset)
+        with poisoned_allocation():
+            spread = call(probe)
+            single = call(dataclasses.replace(probe, dy=torch.eye(size).to(inputs.dy)))
+        expected = keep_mask(torch.tensor([MASK_SEED, *(offset or ())]), size, size, job.case.dropout_p)
+        for name, shown in (("y", spread["y"]), ("d_x", spread["d_x"]), ("d_lora_A", single["d_lora_A"])):
+            wrong[name + part] = int(((shown.cpu() != 0) != expected).sum())
     worst = max(wrong, key=lambda name: wrong[name])
     if not wrong[worst]:
         return _row(job, "all", 0.0, 0.0, 0.0)
-    note = f"{wrong[worst]} of {expected.numel()} mask bits in {worst} differ from the specification's"
-    return _row(job, worst, wrong[worst] / expected.numel(), 0.0, 0.0, note)
+    note = f"{wrong[worst]} of {bits} mask bits in {worst} differ from the specification's"
+    return _row(job, worst, wrong[worst] / bits, 0.0, 0.0, note)
 
 
 def _row(job: Job, tensor: str, error: float, eager_error: float, limit: float, note: str = "") -> Row:

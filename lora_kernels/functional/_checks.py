@@ -7,18 +7,23 @@ below: ops and kernels trust what they are given.
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.config import BACKENDS, INTERPRETED
 from lora_kernels.errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from lora_kernels.planning.tiles import MAX_RANK
+from lora_kernels.reference.philox import COLUMNS_PER_COUNTER
 
 HALF = (torch.float16, torch.bfloat16)
 COMPUTED = (torch.float32, *HALF)
 LAYER_DTYPES = (*COMPUTED, torch.float64)
+_ORDINARY = (Tensor, nn.Parameter)
+
+Offset = tuple[int | Tensor, int | Tensor] | None
 
 
 def check_backend(backend: object) -> None:
@@ -137,6 +142,8 @@ def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes firs
             raise DtypeError(
                 f"{name} must be a torch.Tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor."
             )
+        if type(tensor) not in _ORDINARY and hasattr(type(tensor), "full_tensor"):
+            _refuse_sharded(name, tensor)
         if not tensor.is_floating_point():
             raise DtypeError(
                 f"{name} must be a floating-point tensor; got {_name(tensor.dtype)}. Complex and integer LoRA is not "
@@ -152,6 +159,32 @@ def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes firs
                 f"{name} must be on x's device, {x.device}; got {tensor.device}. "
                 f"Move it with {name}.to({str(x.device)!r})."
             )
+
+
+def _refuse_sharded(name: str, tensor: Any) -> NoReturn:
+    """For a DTensor: what a rank holds of it would fit together with nothing, or, worse, with another shard."""
+    raise UnsupportedError(
+        f"{name}{_of_layer()} must be a whole tensor; got a DTensor of {_shape(tensor)} placed as "
+        f"{list(tensor.placements)}, of which this rank holds {_shape(tensor.to_local())}. Under fully_shard, call the "
+        "module that was sharded, whose forward gathers its parameters, and shard no part of a LoRA layer by itself; "
+        "for tensor parallel, give the layer LoRAColwiseParallel or LoRARowwiseParallel of lora_kernels.distributed."
+    )
+
+
+def _of_layer() -> str:
+    """The layer that is being called, by its name in the outermost module that is: a module does not know its own."""
+    frame: FrameType | None = sys._getframe()
+    called: list[nn.Module] = []
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, nn.Module):
+            called.append(found)
+        frame = frame.f_back
+    if not called:
+        return ""
+    names = {id(module): name for name, module in called[-1].named_modules()}
+    name = names.get(id(called[0]), "")
+    return f" of {type(called[0]).__name__} {name!r}" if name else f" of {type(called[0]).__name__}"
 
 
 def _refuse_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> NoReturn:
@@ -238,24 +271,14 @@ def check_servable(backend: str, x: Tensor, base_out: Tensor | None = None) -> N
             )
 
 
-def check_seed(dropout_seed: Any, device: torch.device) -> None:
-    """None, an int of 64 bits, or a one-element int64 tensor on `device`."""
+def check_seed(dropout_seed: Any, dropout_offset: Any, device: torch.device) -> None:
+    """None, an int of 64 bits, or a one-element int64 tensor on `device`; and a row and a column to begin at."""
+    if dropout_offset is not None:
+        _check_offset(dropout_offset, device)
     if dropout_seed is None:
         return
     if isinstance(dropout_seed, Tensor):
-        if dropout_seed.dtype != torch.int64:
-            raise DtypeError(
-                f"dropout_seed must be int64; got {_name(dropout_seed.dtype)}. Convert it with .to(torch.int64)."
-            )
-        if dropout_seed.numel() != 1:
-            raise ShapeError(
-                f"dropout_seed must have one element; got shape {_shape(dropout_seed)}. Draw one seed per call."
-            )
-        if dropout_seed.device != device:
-            raise DeviceError(
-                f"dropout_seed must be on x's device, {device}; got {dropout_seed.device}. "
-                f"Draw it with device={str(device)!r}."
-            )
+        _check_one_int("dropout_seed", dropout_seed, device, "Draw one seed per call.")
         return
     if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
         raise DtypeError(
@@ -265,15 +288,53 @@ def check_seed(dropout_seed: Any, device: torch.device) -> None:
         raise ArgumentError(f"dropout_seed must fit in 64 bits; got {dropout_seed}. Use torch.seed() or a smaller int.")
 
 
-def seed_tensor(dropout_seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """[1] int64 on `device`: what was passed, or a draw from torch's generator, which manual_seed governs."""
+def _check_one_int(name: str, tensor: Tensor, device: torch.device, hint: str) -> None:
+    if tensor.dtype != torch.int64:
+        raise DtypeError(f"{name} must be int64; got {_name(tensor.dtype)}. Convert it with .to(torch.int64).")
+    if tensor.numel() != 1:
+        raise ShapeError(f"{name} must have one element; got shape {_shape(tensor)}. {hint}")
+    if tensor.device != device:
+        raise DeviceError(
+            f"{name} must be on x's device, {device}; got {tensor.device}. Draw it with device={str(device)!r}."
+        )
+
+
+def _check_offset(offset: Any, device: torch.device) -> None:
+    if not isinstance(offset, tuple) or len(offset) != 2:
+        raise ArgumentError(f"dropout_offset must be a (row, column) pair or None; got {offset!r}.")
+    for name, value in zip(("row", "column"), offset, strict=True):
+        if isinstance(value, Tensor):
+            _check_one_int(f"dropout_offset's {name}", value, device, "It is where x begins.")
+        elif not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or not 0 <= value < 2**32:
+            raise ArgumentError(
+                f"dropout_offset's {name} must be an int from 0 to 2^32 - 1, or a one-element int64 tensor; got "
+                f"{value!r}."
+            )
+    column = offset[1]
+    if not isinstance(column, Tensor) and column % COLUMNS_PER_COUNTER:
+        raise ArgumentError(
+            f"dropout_offset's column must be a multiple of {COLUMNS_PER_COUNTER}, since so many columns share one "
+            f"random number; got {column}. Shard in_features in such multiples, or set dropout_p to 0."
+        )
+
+
+def seed_tensor(dropout_seed: int | Tensor | None, dropout_offset: Offset, device: torch.device) -> Tensor:
+    """[1] int64 on `device`: what was passed, or a draw from torch's generator; [3] where x is a shard."""
     if dropout_seed is None:
-        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
-    if isinstance(dropout_seed, Tensor):
-        return dropout_seed.reshape(1)
-    # torch's own seeds are unsigned: the upper half of their range is the negative half of int64, bit by bit.
-    signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
-    return torch.full((1,), signed, dtype=torch.int64, device=device)
+        key = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    elif isinstance(dropout_seed, Tensor):
+        key = dropout_seed.reshape(1)
+    else:
+        # torch's own seeds are unsigned: the upper half of their range is the negative half of int64, bit by bit.
+        signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
+        key = torch.full((1,), signed, dtype=torch.int64, device=device)
+    if dropout_offset is None:
+        return key
+    beginning = (
+        value.reshape(1) if isinstance(value, Tensor) else torch.full((1,), value, dtype=torch.int64, device=device)
+        for value in dropout_offset
+    )
+    return torch.cat([key, *beginning])
 
 
 def _name(dtype: torch.dtype | None) -> str:

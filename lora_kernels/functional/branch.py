@@ -85,6 +85,7 @@ def lora_branch(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    dropout_offset: tuple[int | Tensor, int | Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The output of a base layer plus its LoRA term, for a base that is computed elsewhere.
@@ -106,6 +107,9 @@ def lora_branch(
         dropout_seed: an int or a one-element int64 tensor on x's device: the same seed gives the same mask as in
             `lora_linear`, on every backend and device. None draws one from torch's generator for x's device. Under
             torch.compile pass a tensor, since an int is compiled in.
+        dropout_offset: (row, column) of x's first element where x is a shard of a larger input, such as a rank's part
+            of the batch or of K: the shards' masks are then those of the whole. Rows count after flattening; the column
+            is a multiple of 8. Ints, or one-element int64 tensors on x's device.
         backend: "triton" (fused kernels), "torch" (library GEMMs), "reference" (plain differentiable PyTorch), or
             "auto". A named backend is honoured or raises.
 
@@ -115,7 +119,7 @@ def lora_branch(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit together.
-        ArgumentError: dropout_p, scaling, dropout_seed or backend is out of range.
+        ArgumentError: dropout_p, scaling, dropout_seed, dropout_offset or backend is out of range.
         UnsupportedError: the named backend cannot serve this call; or a second derivative was asked for.
 
     Numerics:
@@ -128,8 +132,8 @@ def lora_branch(
         The same call gives the same bits: reductions run in fixed order, without floating-point atomics.
 
     Saved for backward:
-        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask, no copy of x, and nothing
-        of base_out.
+        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed (24 with an offset). No mask, no
+        copy of x, and nothing of base_out.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. (3), the second term; over a
@@ -148,7 +152,7 @@ def lora_branch(
     _checks.check_dropout_p(dropout_p)
     _checks.check_scaling(scaling)
     _checks.check_branch(base_out, x, lora_A, lora_B)
-    _checks.check_seed(dropout_seed, x.device)
+    _checks.check_seed(dropout_seed, dropout_offset, x.device)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         # The cast F.linear makes; float32 adapters stay as they are.
@@ -158,7 +162,7 @@ def lora_branch(
     if backend == "auto":
         backend = config.AUTO_BACKEND
     _checks.check_servable(backend, x, base_out)
-    seed = _checks.seed_tensor(dropout_seed, x.device) if dropout_p > 0 else None
+    seed = _checks.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
 
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling, 1.0

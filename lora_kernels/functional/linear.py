@@ -83,6 +83,7 @@ def lora_linear(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    dropout_offset: tuple[int | Tensor, int | Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """A linear layer with a LoRA adapter, base and low-rank product computed as one operation.
@@ -101,6 +102,9 @@ def lora_linear(
         dropout_seed: an int or a one-element int64 tensor on x's device: the same seed gives the same mask on every
             backend and device. None draws one from torch's generator for x's device. Under torch.compile pass a tensor,
             since an int is compiled in.
+        dropout_offset: (row, column) of x's first element where x is a shard of a larger input, such as a rank's part
+            of the batch or of K: the shards' masks are then those of the whole. Rows count after flattening; the column
+            is a multiple of 8. Ints, or one-element int64 tensors on x's device.
         backend: "triton" (fused kernels), "torch" (library GEMMs), "reference" (plain differentiable PyTorch), or
             "auto". A named backend is honoured or raises.
 
@@ -110,7 +114,7 @@ def lora_linear(
 
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit together.
-        ArgumentError: dropout_p, scaling, dropout_seed or backend is out of range.
+        ArgumentError: dropout_p, scaling, dropout_seed, dropout_offset or backend is out of range.
         UnsupportedError: the named backend cannot serve this call; or a second derivative was asked for.
 
     Numerics:
@@ -123,7 +127,8 @@ def lora_linear(
         The same call gives the same bits: reductions run in fixed order, without floating-point atomics.
 
     Saved for backward:
-        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed. No mask, no copy of x.
+        x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed (24 with an offset). No mask, no
+        copy of x.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. (3); dropout on the adapter's
@@ -142,7 +147,7 @@ def lora_linear(
     _checks.check_dropout_p(dropout_p)
     _checks.check_scaling(scaling)
     _checks.check_linear(x, weight, lora_A, lora_B, bias)
-    _checks.check_seed(dropout_seed, x.device)
+    _checks.check_seed(dropout_seed, dropout_offset, x.device)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         # The casts F.linear makes; float32 adapters stay as they are, and a float32 bias beside them.
@@ -162,7 +167,7 @@ def lora_linear(
     if backend == "auto":
         backend = config.AUTO_BACKEND
     _checks.check_servable(backend, x)
-    seed = _checks.seed_tensor(dropout_seed, x.device) if dropout_p > 0 else None
+    seed = _checks.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
 
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling, 1.0

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import expand_dot, keep_tile, low_rank_dot
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.device import expand_dot, keep_tile, load_seed, low_rank_dot
+from lora_kernels.kernels.launch import has_offset, launch
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -28,7 +28,7 @@ def bwd_dx_lora_a_kernel(
     x_ptr, dyb_ptr, a_ptr, seed_ptr, dx_ptr, d_a_ptr,
     M, K, R, rows_per_split, threshold,
     stride_x_m, stride_x_k, stride_a_r, stride_a_k,
-    NEEDS_D_A: tl.constexpr, ONE_RANK_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, NEEDS_D_A: tl.constexpr, ONE_RANK_TILE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_k, pid_split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -39,7 +39,7 @@ def bwd_dx_lora_a_kernel(
     columns = offs_k.to(tl.int64)[None, :]
     row_begin = pid_split * rows_per_split
     row_end = tl.minimum(row_begin + rows_per_split, M)
-    seed = tl.load(seed_ptr)
+    seed = load_seed(seed_ptr, HAS_OFFSET)
     a_ptrs = a_ptr + tl.arange(0, BLOCK_R).to(tl.int64)[:, None] * stride_a_r + columns * stride_a_k
     if ONE_RANK_TILE:
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
@@ -110,7 +110,7 @@ def bwd_dx_lora_a(
         x, dyb, lora_A, seed, dx, partials,
         m, k, r, rows_per_split, threshold,
         *((0, 0) if x is None else x.stride()), *lora_A.stride(),
-        NEEDS_D_A=x is not None, ONE_RANK_TILE=r <= tile.block_r, PRECISION=precision,
+        HAS_OFFSET=has_offset(seed), NEEDS_D_A=x is not None, ONE_RANK_TILE=r <= tile.block_r, PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

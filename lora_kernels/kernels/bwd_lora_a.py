@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import keep_tile, low_rank_dot
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot
+from lora_kernels.kernels.launch import has_offset, launch
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -22,7 +22,7 @@ def bwd_lora_a_kernel(
     x_ptr, dyb_ptr, seed_ptr, d_a_ptr,
     M, K, R, rows_per_split, threshold,
     stride_x_m, stride_x_k,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_k, pid_split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -32,7 +32,7 @@ def bwd_lora_a_kernel(
     row_begin = pid_split * rows_per_split
     row_end = tl.minimum(row_begin + rows_per_split, M)
     if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+        seed = load_seed(seed_ptr, HAS_OFFSET)
 
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for row in range(row_begin, row_end, BLOCK_M):
@@ -69,7 +69,7 @@ def bwd_lora_a(
         x, dyb, seed, partials,
         m, k, r, rows_per_split, threshold,
         *x.stride(),
-        HAS_DROPOUT=seed is not None, PRECISION=precision,
+        HAS_DROPOUT=seed is not None, HAS_OFFSET=has_offset(seed), PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

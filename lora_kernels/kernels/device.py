@@ -12,12 +12,21 @@ import triton.language as tl
 
 
 @triton.jit
+def load_seed(seed_ptr, HAS_OFFSET: tl.constexpr):
+    """(key, row, group of columns) that the mask of a launch begins with: (0, 0) unless x is a shard."""
+    if HAS_OFFSET:
+        return tl.load(seed_ptr), tl.load(seed_ptr + 1).to(tl.int32), (tl.load(seed_ptr + 2) // 8).to(tl.int32)
+    return tl.load(seed_ptr), 0, 0
+
+
+@triton.jit
 def keep_tile(seed, offs_row, first_col, threshold, BLOCK_COLS: tl.constexpr):
-    """[len(offs_row), BLOCK_COLS] int1 mask of the columns from first_col, a multiple of 8."""
+    """[len(offs_row), BLOCK_COLS] int1 mask of the columns from first_col, a multiple of 8; seed is `load_seed`'s."""
+    key, first_row, first_group = seed
     # Counter words stay in their smallest shape; broadcasting fills the tile only from the third round on.
-    group = (first_col // 8 + tl.arange(0, BLOCK_COLS // 8))[None, :]  # [1, BLOCK_COLS / 8]
-    row = offs_row.to(tl.int32)[:, None]  # [BLOCK_ROWS, 1]
-    word_0, word_1, word_2, word_3 = tl.philox(seed, group, row, group * 0, row * 0)
+    group = (first_group + first_col // 8 + tl.arange(0, BLOCK_COLS // 8))[None, :]  # [1, BLOCK_COLS / 8]
+    row = (first_row + offs_row.to(tl.int32))[:, None]  # [BLOCK_ROWS, 1]
+    word_0, word_1, word_2, word_3 = tl.philox(key, group, row, group * 0, row * 0)
     level = tl.cast(threshold, tl.uint32)
     # Compare before interleaving: the tiles that change layout are then int1. The last axis of a join is the fastest,
     # so the nesting (word's high bit, word's low bit, half) reads as col % 8.

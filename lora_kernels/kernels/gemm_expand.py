@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import expand_into, grouped_tile
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.device import expand_into, grouped_tile, load_seed
+from lora_kernels.kernels.launch import has_offset, launch
 from lora_kernels.planning.tiles import Tile
 
 
@@ -26,7 +26,7 @@ def gemm_expand_kernel(
     lhs_ptr, rhs_ptr, s_ptr, e_ptr, bias_ptr, seed_ptr, out_ptr,
     M, N, K, R, threshold,
     stride_lhs_m, stride_lhs_k, stride_rhs_k, stride_rhs_n, stride_s_m, stride_e_r, stride_e_n, stride_out_m,
-    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -45,7 +45,7 @@ def gemm_expand_kernel(
         lhs_ptrs += tl.cast(stride_lhs_k, tl.int64) * BLOCK_K
         rhs_ptrs += tl.cast(stride_rhs_k, tl.int64) * BLOCK_K
 
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    seed = load_seed(seed_ptr, HAS_OFFSET) if HAS_DROPOUT else 0
     acc = expand_into(
         acc, s_ptr, e_ptr, seed, threshold,
         M, N, R, offs_m, offs_n, pid_n * BLOCK_N,
@@ -82,7 +82,7 @@ def gemm_expand(
         lhs, rhs, s, e, bias, seed, out,
         m, n, k, s.shape[1], threshold,
         *lhs.stride(), *rhs.stride(), s.stride(0), *e.stride(), n,
-        HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, PRECISION=precision,
+        HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, HAS_OFFSET=has_offset(seed), PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

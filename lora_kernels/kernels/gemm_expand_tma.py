@@ -28,8 +28,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.kernels.device import expand_into, grouped_tile
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.device import expand_into, grouped_tile, load_seed
+from lora_kernels.kernels.launch import has_offset, launch
 from lora_kernels.planning.tiles import Tile
 
 ALIGNMENT_BYTES = 16
@@ -40,8 +40,8 @@ def gemm_expand_tma_kernel(
     lhs_desc, rhs_desc, out_desc, s_ptr, e_ptr, bias_ptr, seed_ptr,
     M, N, K, R, threshold,
     stride_s_m, stride_e_r, stride_e_n,
-    RHS_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, USE_PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RHS_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    USE_PDL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -63,7 +63,7 @@ def gemm_expand_tma_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     if HAS_BIAS:  # before the expand: after it, a bias in fp32 spills 8 B a thread on sm_100 (tests/compile)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    seed = load_seed(seed_ptr, HAS_OFFSET) if HAS_DROPOUT else 0
     acc = expand_into(
         acc, s_ptr, e_ptr, seed, threshold,
         M, N, R, offs_m, offs_n, first_n,
@@ -114,8 +114,8 @@ def gemm_expand_tma(
         s, e, bias, seed,
         m, n, k, s.shape[1], threshold,
         s.stride(0), *e.stride(),
-        RHS_IS_NK=transpose_weight, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, USE_PDL=use_pdl,
-        PRECISION=precision,
+        RHS_IS_NK=transpose_weight, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
+        HAS_OFFSET=has_offset(seed), USE_PDL=use_pdl, PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=use_pdl,
     )  # fmt: skip

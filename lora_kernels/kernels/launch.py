@@ -76,6 +76,11 @@ def launch(
         compiled[x, y, z](*args, *values)
 
 
+def has_offset(seed: Tensor | None) -> bool:
+    """Whether the seed says where in a larger input x begins: [key, row, column] instead of [key]."""
+    return seed is not None and seed.numel() > 1
+
+
 def _trait(arg: Any, specialised: bool) -> Any:
     """What of an argument decides which binary serves."""
     kind = type(arg)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import expand_dot, grouped_tile, kahan_add, keep_tile, low_rank_dot
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.device import expand_dot, grouped_tile, kahan_add, keep_tile, load_seed, low_rank_dot
+from lora_kernels.kernels.launch import has_offset, launch
 from lora_kernels.planning.tiles import Tile
 
 
@@ -56,7 +56,8 @@ def one_pass_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, seed_ptr, y_ptr, xa_ptr,
     M, N, K, R, k_per_split, scale, threshold,
     stride_x_m, stride_x_k, stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
-    IS_PARTIAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IS_PARTIAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -70,7 +71,7 @@ def one_pass_kernel(
     x_ptrs = x_ptr + rows[:, None] * stride_x_m + first_k[None, :] * stride_x_k
     w_ptrs = w_ptr + first_k[:, None] * stride_w_k + columns[None, :] * stride_w_n
     a_ptrs = a_ptr + first_k[:, None] * stride_a_k + offs_r.to(tl.int64)[None, :] * stride_a_r
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    seed = load_seed(seed_ptr, HAS_OFFSET) if HAS_DROPOUT else 0
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_xa = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -175,7 +176,8 @@ def one_pass(
         x, weight, lora_A, lora_B, bias, seed, y_target, xa_target,
         m, n, k, r, k_per_split, scale, threshold,
         *x.stride(), *weight.stride(), *lora_A.stride(), *lora_B.stride(),
-        IS_PARTIAL=splits > 1, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, PRECISION=precision,
+        IS_PARTIAL=splits > 1, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
+        HAS_OFFSET=has_offset(seed), PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

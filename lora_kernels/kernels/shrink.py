@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from lora_kernels.kernels.device import keep_tile, low_rank_dot
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot
+from lora_kernels.kernels.launch import has_offset, launch
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -27,7 +27,8 @@ def shrink_kernel(
     x_ptr, a_ptr, seed_ptr, out_ptr,
     M, K, R, k_per_split, scale, threshold,
     stride_x_m, stride_x_k, stride_a_r, stride_a_k,
-    HAS_DROPOUT: tl.constexpr, IS_PARTIAL: tl.constexpr, LAUNCHES_DEPENDENTS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, IS_PARTIAL: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if LAUNCHES_DEPENDENTS:  # inline assembly: not for the interpreter, AMD, or GPUs before sm_90
@@ -39,7 +40,7 @@ def shrink_kernel(
     k_begin = pid_split * k_per_split
     k_end = tl.minimum(k_begin + k_per_split, K)
     if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+        seed = load_seed(seed_ptr, HAS_OFFSET)
 
     first_k = (k_begin + offs_k).to(tl.int64)
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_x_m + first_k[None, :] * stride_x_k
@@ -90,7 +91,7 @@ def shrink(
         x, lora_A, seed, target,
         m, k, r, k_per_split, scale, threshold,
         *x.stride(), *lora_A.stride(),
-        HAS_DROPOUT=seed is not None, IS_PARTIAL=splits > 1,
+        HAS_DROPOUT=seed is not None, HAS_OFFSET=has_offset(seed), IS_PARTIAL=splits > 1,
         LAUNCHES_DEPENDENTS=launches_dependents and splits == 1, PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_R=tile.block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

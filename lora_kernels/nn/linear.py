@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -98,6 +99,8 @@ class LoRALinear(nn.Linear):
     _merged: bool
     _plain_class: type[nn.Module] = nn.Linear  # what `release` makes of the layer
     fan_in_fan_out = False  # PEFT's name for a weight that is stored as [K, N]
+    # (seed, offset) of a call where the batch is spread over ranks that share masks: `distributed.shard_dropout`.
+    batch_shard: Callable[[Tensor], tuple[Tensor, tuple[Tensor, int]]] | None = None
 
     def __init__(
         self,
@@ -402,6 +405,9 @@ class LoRALinear(nn.Linear):
         # Not "is None": the rank is the same for many adapters, and a compiled graph holds on to what it asked.
         if self._merged or not self.r:
             return F.linear(input, self._base_weight, self.bias)
+        dropout_p, seed, offset = self.lora_dropout if self.training else 0.0, None, None
+        if dropout_p and self.batch_shard is not None:
+            seed, offset = self.batch_shard(input)
         return lora_linear(
             input,
             self._base_weight,
@@ -409,7 +415,9 @@ class LoRALinear(nn.Linear):
             self.lora_B,
             self.bias,
             scaling=self.scaling,
-            dropout_p=self.lora_dropout if self.training else 0.0,
+            dropout_p=dropout_p,
+            dropout_seed=seed,
+            dropout_offset=offset,
             backend=self.backend,
         )
 

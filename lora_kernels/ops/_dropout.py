@@ -29,7 +29,7 @@ class Dropper:
     """out = mask * source for blocks of rows of an [M, K] input, in buffers that the blocks share.
 
     Args:
-        seed: [1] int64 on the blocks' device.
+        seed: [1] or [3] int64 on the blocks' device, as in `philox.keep_mask`.
         p: probability to drop, in [0, 1).
         rows: the most rows of a block.
         columns: K.
@@ -61,8 +61,11 @@ class _KeepMask:
     """`philox.keep_mask` of blocks of rows on a CPU, [m, K] bool; the result lives until the next call."""
 
     def __init__(self, seed: Tensor, p: float, rows: int, columns: int) -> None:
-        self._threshold, self._keys = np.uint16(philox.dropout_threshold(p)), _round_keys(int(seed))
+        key, self._row, first_column = [int(value) for value in seed] if seed.numel() > 1 else (int(seed), 0, 0)
+        self._threshold, self._keys = np.uint16(philox.dropout_threshold(p)), _round_keys(key)
         self._columns, self._groups = columns, -(-columns // philox.COLUMNS_PER_COUNTER)
+        first_group = first_column // philox.COLUMNS_PER_COUNTER
+        self._group = np.arange(first_group, first_group + self._groups, dtype=np.uint64)[None, :]
         # Every intermediate stays in L2 this way.
         self._step = min(max(1, COUNTERS_AT_A_TIME // self._groups), rows)
         self._buffers = np.empty((5, self._step, self._groups), np.uint64)
@@ -74,19 +77,21 @@ class _KeepMask:
         for start in range(0, rows, self._step):
             count = min(self._step, rows - start)
             words = self._words[:count]
-            for index, word in enumerate(_philox_in_place(first_row + start, self._keys, self._buffers[:, :count])):
+            row = self._row + first_row + start
+            philox_words = _philox_in_place(row, self._group, self._keys, self._buffers[:, :count])
+            for index, word in enumerate(philox_words):
                 words[:, :, index] = word  # the cast drops the upper half
             pieces = words.view("<u2").reshape(count, -1)
             np.greater_equal(pieces, self._threshold, out=self._keep[start : start + count])
         return torch.from_numpy(self._keep[:rows, : self._columns])
 
 
-def _philox_in_place(first_row: int, keys: list[tuple[Any, Any]], buffers: npt.NDArray[Any]) -> tuple[Words, ...]:
+def _philox_in_place(
+    first_row: int, group: Words, keys: list[tuple[Any, Any]], buffers: npt.NDArray[Any]
+) -> tuple[Words, ...]:
     """Philox4x32-10 of the counters (column group, row, 0, 0) in five buffers; the low 32 bits of each word count."""
     c0, c1, c2, c3, high = buffers
-    rows, groups = c0.shape
-    group = np.arange(groups, dtype=np.uint64)[None, :]
-    row: Words = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None]
+    row: Words = np.arange(first_row, first_row + len(c0), dtype=np.uint64)[:, None]
     # Of the words that three rounds yield, most depend on the row or on the group alone, and are vectors here: in full
     # are one word of round 2 and two of round 3.
     (row_key, group_key), (group_key_2, row_key_2), (k0, k1) = keys[:3]

@@ -6,7 +6,9 @@ A mask is never stored. Every backend recomputes
 
 where u16 is one of the eight 16-bit pieces that the counter (col // 8, row, 0, 0) yields under the 64-bit key `seed`:
 word (col % 8) // 2, low half for even columns, high half for odd ones. Rows are tokens after flattening x to [M, K].
-The Triton kernels evaluate the same function in uint32 registers; tests compare the two bit for bit.
+Where x is a shard of a larger input, rows and columns count in that one: a seed tensor of three elements, [key, first
+row, first column], says where x begins, and the shards' masks together are the whole input's. The Triton kernels
+evaluate the same function in uint32 registers; tests compare the two bit for bit.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (section 4, Philox-4x32-10).
 """
@@ -56,7 +58,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int
     """The dropout mask of a [rows, columns] block of an [M, K] input.
 
     Args:
-        seed: [1] int64; its 64 bits are the key.
+        seed: int64, [1] or [3]: a key of 64 bits, and the row and column (a multiple of 8) at which [M, K] begins.
         rows: rows of the block.
         columns: columns of the block.
         p: probability to drop, in [0, 1).
@@ -74,7 +76,9 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int
     group = torch.arange(first_group, first_group + groups, dtype=torch.int64, device=seed.device)[None, :]
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)[:, None]
     zero = torch.zeros(1, 1, dtype=torch.int64, device=seed.device)
-    key = (seed & LOW_32, (seed >> 32) & LOW_32)
+    key = (seed[:1] & LOW_32, (seed[:1] >> 32) & LOW_32)
+    if seed.numel() > 1:
+        row, group = row + seed[1], group + seed[2] // COLUMNS_PER_COUNTER
 
     threshold = dropout_threshold(p)
     keep = torch.empty(rows, groups, COLUMNS_PER_COUNTER, dtype=torch.bool, device=seed.device)

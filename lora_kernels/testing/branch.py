@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import ops
+from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.functional.branch import lora_branch
 from lora_kernels.planning import BranchPlan
 from lora_kernels.testing.linear import make_linear_inputs
@@ -28,6 +29,7 @@ class BranchInputs:
     scaling: float = 1.0
     dropout_p: float = 0.0
     dropout_seed: int = 0
+    dropout_offset: tuple[int, int] | None = None
 
     def double(self) -> BranchInputs:
         """The same numbers in fp64, on the CPU: what the truth is computed from."""
@@ -93,6 +95,7 @@ def run_branch(
         scaling=inputs.scaling,
         dropout_p=inputs.dropout_p,
         dropout_seed=inputs.dropout_seed if inputs.dropout_p > 0 else None,
+        dropout_offset=inputs.dropout_offset,
         backend=backend,
     )
     results = {"y": y.detach()}
@@ -107,7 +110,7 @@ def run_branch_plan(inputs: BranchInputs, plan: BranchPlan, needs: ops.BranchNee
     base_out's gradient is dy and no business of a plan: it is left out.
     """
     i, p = inputs, inputs.dropout_p
-    seed = torch.full((1,), i.dropout_seed, dtype=torch.int64, device=i.x.device) if p > 0 else None
+    seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if p > 0 else None
     needs = ops.BranchNeeds(x=True, lora_A=True, lora_B=True) if needs is None else needs
     y, xa = ops.branch_implementation(plan.backend).forward(
         i.base_out, i.x, i.lora_A, i.lora_B, seed, i.scaling, p, plan

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import ops
+from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.planning import Plan
 
@@ -26,6 +27,7 @@ class LinearInputs:
     scaling: float = 1.0
     dropout_p: float = 0.0
     dropout_seed: int = 0
+    dropout_offset: tuple[int, int] | None = None
 
     def double(self) -> LinearInputs:
         """The same numbers in fp64, on the CPU: what the truth is computed from."""
@@ -104,6 +106,7 @@ def run_linear(
         scaling=inputs.scaling,
         dropout_p=inputs.dropout_p,
         dropout_seed=inputs.dropout_seed if inputs.dropout_p > 0 else None,
+        dropout_offset=inputs.dropout_offset,
         backend=backend,
     )
     results = {"y": y.detach()}
@@ -118,7 +121,7 @@ def run_linear(
 def run_linear_plan(inputs: LinearInputs, plan: Plan) -> dict[str, Tensor]:
     """One forward and backward as `plan` says, whatever the planner would choose: names as in `run_linear`."""
     i, p = inputs, inputs.dropout_p
-    seed = torch.full((1,), i.dropout_seed, dtype=torch.int64, device=i.x.device) if p > 0 else None
+    seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if p > 0 else None
     y, xa = ops.linear_implementation(plan.backend).forward(
         i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, i.scaling, p, plan
     )

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import DtypeError, LoRALinear, UnsupportedError, explain_plan, lora_linear
+from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.ops import Needs, _low_rank_torch, problem_of
 from lora_kernels.planning import Plan, Way, make_plan
 from lora_kernels.planning.plan import Strategy, paired, ways_of
@@ -63,7 +64,8 @@ def run_under(plan: Plan, inputs: LinearInputs, needs: Needs = Needs(*[True] * 5
     """What run_linear returns, from the triton backend's own forward and backward under a given plan."""
     from lora_kernels.ops import _linear_triton
 
-    i, seed = inputs, torch.tensor([inputs.dropout_seed], device=CUDA) if inputs.dropout_p > 0 else None
+    i = inputs
+    seed = seed_tensor(i.dropout_seed, i.dropout_offset, CUDA) if i.dropout_p > 0 else None
     rest = seed, i.scaling, i.dropout_p
     needs = needs._replace(bias=needs.bias and i.bias is not None)
     y, xa = _linear_triton.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
@@ -174,20 +176,21 @@ def test_masks_are_the_references_bit_for_bit(p, seed):
         assert ((xa == 0) | (xa == 1)).all()
 
 
+@pytest.mark.parametrize("offset", [None, (2**31 - 7, 24)], ids=["whole", "shard"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_mask_in_forward_and_every_gradient(dtype, strategy):
+def test_one_mask_in_forward_and_every_gradient(dtype, strategy, offset):
     # Base zero, x = 1, A = B = 1: y, dA and dB show the mask where dy = 1; dx shows it where dy is all ones.
     size, p, seed = 64, 0.5, 2**33 + 1
     x, adapters = DTYPES[dtype]
     eye, ones = torch.eye(size, device=CUDA), torch.ones(size, size, dtype=x, device=CUDA)
     inputs = LinearInputs(
         x=ones, weight=0 * ones, lora_A=eye.to(adapters), lora_B=eye.to(adapters), bias=None, dy=eye.to(x),
-        dropout_p=p, dropout_seed=seed,
+        dropout_p=p, dropout_seed=seed, dropout_offset=offset,
     )  # fmt: skip
     plan = plan_for(inputs, strategy)
     diagonal, full = run_under(plan, inputs), run_under(plan, replace(inputs, dy=ones))
-    expected = dropout_scale(p) * keep_mask(torch.tensor([seed]), size, size, p).float()
+    expected = dropout_scale(p) * keep_mask(torch.tensor([seed, *(offset or ())]), size, size, p).float()
     shown = {"y": diagonal["y"], "dA": diagonal["d_lora_A"], "dB": diagonal["d_lora_B"], "dx": full["d_x"]}
     for name, value in shown.items():
         assert torch.equal(value.float().cpu(), expected), name

@@ -167,20 +167,21 @@ def test_an_fp32_base_never_passes_through_16_bits():
     assert torch.equal(run(replace(i, lora_B=torch.zeros_like(i.lora_B)))["y"], i.base_out)
 
 
+@pytest.mark.parametrize("offset", [None, (2**31 - 7, 24)], ids=["whole", "shard"])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_one_mask_in_forward_and_every_gradient(dtypes):
+def test_one_mask_in_forward_and_every_gradient(dtypes, offset):
     # base_out zero, x = 1, A = B = 1: y, dA and dB show the mask where dy = 1; dx shows it where dy is all ones.
     size, p, seed = 40, 0.5, 2**33 + 1
     x, adapters, out = DTYPES[dtypes]
     eye, ones = torch.eye(size), torch.ones(size, size)
     i = BranchInputs(
         base_out=torch.zeros(size, size, dtype=out), x=ones.to(x), lora_A=eye.to(adapters), lora_B=eye.to(adapters),
-        dy=eye.to(out), dropout_p=p, dropout_seed=seed,
+        dy=eye.to(out), dropout_p=p, dropout_seed=seed, dropout_offset=offset,
     )  # fmt: skip
     plan = plan_for(i, sm_count=32)
     diagonal, full = run(i, plan), run(replace(i, dy=ones.to(out)), plan)
     alone = run(i, plan, BranchNeeds(False, True, False))
-    expected = 2.0 * keep_mask(torch.tensor([seed]), size, size, p).float()
+    expected = 2.0 * keep_mask(torch.tensor([seed, *(offset or ())]), size, size, p).float()
     assert dropout_scale(p) == 2.0
     shown = {
         "y": diagonal["y"], "dA": diagonal["d_lora_A"], "dA alone": alone["d_lora_A"], "dB": diagonal["d_lora_B"],

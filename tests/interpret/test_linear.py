@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from lora_kernels import UnsupportedError, lora_linear
+from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.kernels.interpreter import repaired
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops import Needs, _linear_triton
@@ -55,7 +56,8 @@ def run_under(plan: Plan | None, inputs: LinearInputs, needs: Needs = EVERYTHING
     check_overflow: a 32-bit offset that overflows is an error, not a wrapped address; takes twice as long.
     """
     plan = plan_for(inputs, **options) if plan is None else plan
-    i, seed = inputs, torch.tensor([inputs.dropout_seed]) if inputs.dropout_p > 0 else None
+    i = inputs
+    seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if i.dropout_p > 0 else None
     rest = seed, i.scaling, i.dropout_p
     needs = needs._replace(bias=needs.bias and i.bias is not None)
     with repaired(check_overflow=check_overflow):
@@ -290,8 +292,9 @@ def test_masks_of_far_rows():
     assert torch.equal(mask, keep_mask(torch.tensor([77]), rows, columns, 0.5))
 
 
+@pytest.mark.parametrize("offset", [None, (2**31 - 7, 24)], ids=["whole", "shard"])
 @pytest.mark.parametrize(("strategy", "dtype"), [case for case in SERVED if serves(*case, 40)])
-def test_one_mask_in_forward_and_every_gradient(strategy, dtype):
+def test_one_mask_in_forward_and_every_gradient(strategy, dtype, offset):
     # Base zero, x = 1, A = B = 1: y, dA and dB show the mask where dy = 1; dx shows it where dy is all ones.
     size, p, seed = 40, 0.5, 2**33 + 1
     x, adapters = DTYPES[dtype]
@@ -299,11 +302,11 @@ def test_one_mask_in_forward_and_every_gradient(strategy, dtype):
     ones = torch.ones(size, size, dtype=x)
     inputs = LinearInputs(
         x=ones, weight=0 * ones, lora_A=eye.to(adapters), lora_B=eye.to(adapters), bias=None, dy=eye.to(x),
-        dropout_p=p, dropout_seed=seed,
+        dropout_p=p, dropout_seed=seed, dropout_offset=offset,
     )  # fmt: skip
     plan = plan_for(inputs, strategy, sm_count=32)
     diagonal, full = run_under(plan, inputs), run_under(plan, replace(inputs, dy=ones))
-    expected = 2.0 * keep_mask(torch.tensor([seed]), size, size, p).float()
+    expected = 2.0 * keep_mask(torch.tensor([seed, *(offset or ())]), size, size, p).float()
     assert dropout_scale(p) == 2.0
     for name, value in (
         ("y", diagonal["y"]),

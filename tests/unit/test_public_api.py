@@ -39,9 +39,13 @@ NAMES = {
 
 SIGNATURES = {
     "lora_linear": (
-        "(x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, backend='auto')"
+        "(x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, "
+        "dropout_offset=None, backend='auto')"
     ),
-    "lora_branch": ("(base_out, x, lora_A, lora_B, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, backend='auto')"),
+    "lora_branch": (
+        "(base_out, x, lora_A, lora_B, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, dropout_offset=None, "
+        "backend='auto')"
+    ),
     "explain_plan": ("(M, N, K, R, *, dtype, device, adapter_dtype=None, dropout_p=0.0, training=True)"),
     "LoRALinear": (
         "(in_features, out_features, bias=True, *, r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False, "
