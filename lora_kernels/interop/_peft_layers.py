@@ -26,12 +26,15 @@ from transformers.pytorch_utils import Conv1D
 from lora_kernels.functional import _checks
 from lora_kernels.functional.branch import lora_branch
 from lora_kernels.functional.linear import lora_linear
+from lora_kernels.nn.sharding import dtensors, is_sharded
 from lora_kernels.planning.tiles import MAX_RANK
 
 LINEAR, BRANCH = "lora_linear", "lora_branch"
 
 # Under torch.export and in shape inference, parameters are FakeTensors, which behave as plain ones.
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+_PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, FakeTensor)
+
+_OWN_FORWARD = "has a forward of its own"
 
 # On a CPU, a call whose base product has fewer multiply-adds than this runs PEFT's forward: PyTorch's small operations
 # then cost less than the Python of one of ours, and masks are drawn once instead of computed twice. By the bits of the
@@ -161,10 +164,12 @@ def outlook(layer: Any, within: str) -> tuple[str | None, str]:
         return None, f"lora.{type(layer).__name__} is not a layer that can be fused"
     if within:
         return None, f"{within} merges its weight and does not call it"
-    if why := _own_call(layer):
-        return None, f"the layer {why}"
-    adapter, why = servable_adapter(layer)
-    return (None, why) if adapter is None else operation_for(layer, adapter, None)
+    if "forward" in layer.__dict__:
+        return None, f"the layer {_OWN_FORWARD}"
+    # The units of fully_shard show DTensors between calls, and in a call what they have gathered.
+    plain = (*_PLAIN, *dtensors()) if is_sharded(layer) else _PLAIN
+    adapter, why = servable_adapter(layer, plain)
+    return (None, why) if adapter is None else operation_for(layer, adapter, None, plain)
 
 
 # What follows runs at each call. It reads _modules and _parameters, since a module finds its attributes only after a
@@ -183,7 +188,7 @@ def is_small(layer: Any, x: Tensor) -> bool:
     return work < SMALL_CALL[bits, drops]
 
 
-def servable_adapter(layer: Any) -> tuple[str | None, str]:
+def servable_adapter(layer: Any, plain: tuple[type, ...] = _PLAIN) -> tuple[str | None, str]:
     """(name, "") of the one active adapter where its term is scaling * B(A(drop(x))); else (None, why not)."""
     if layer._disable_adapters:
         return None, "adapters are disabled"
@@ -205,7 +210,7 @@ def servable_adapter(layer: Any) -> tuple[str | None, str]:
             return None, f"{part} is a {type(module).__name__}"
         if why := _own_call(module):
             return None, f"{part} {why}"
-        if type(weight := _tensor(module, "weight")) not in _PLAIN:
+        if type(weight := _tensor(module, "weight")) not in plain:
             return None, f"{part} holds a {type(weight).__name__}"
     if _tensor(linear_A, "bias") is not None:
         return None, "lora_A has a bias"
@@ -228,15 +233,17 @@ def servable_adapter(layer: Any) -> tuple[str | None, str]:
     return name, ""
 
 
-def operation_for(layer: Any, adapter: str, x: Tensor | None) -> tuple[str | None, str]:
+def operation_for(
+    layer: Any, adapter: str, x: Tensor | None, plain: tuple[type, ...] = _PLAIN
+) -> tuple[str | None, str]:
     """(operation, why not lora_linear) for x; without x, for one in the weight's dtype."""
     modules = layer._modules
     base = modules[layer._base]
     lora_A, lora_B = (_tensor(modules[part]._modules[adapter], "weight") for part in ("lora_A", "lora_B"))
-    why_not_linear = _own_base(base)
+    why_not_linear = _own_base(base, plain)
     if x is None:
         x = lora_A if why_not_linear else _tensor(base, "weight")
-    if type(x) not in _PLAIN:
+    if type(x) not in plain:
         return None, f"x is a {type(x).__name__}"
     device, dtype, adapter_dtype = x.device, x.dtype, lora_A.dtype
     if x.is_meta or not device == lora_A.device == lora_B.device:
@@ -261,13 +268,13 @@ def operation_for(layer: Any, adapter: str, x: Tensor | None) -> tuple[str | Non
     return (BRANCH, why_not_linear) if why_not_linear else (LINEAR, "")
 
 
-def _own_base(base: nn.Module) -> str:
+def _own_base(base: nn.Module, plain: tuple[type, ...]) -> str:
     """Why the base layer is not x W^T + b of plain tensors, or ""."""
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"the base layer is a {type(base).__name__}"
     if why := _own_call(base):
         return f"the base layer {why}"
-    if type(weight := _tensor(base, "weight")) not in _PLAIN:
+    if type(weight := _tensor(base, "weight")) not in plain:
         return f"the base layer holds a {type(weight).__name__}"
     return ""
 
@@ -275,7 +282,7 @@ def _own_base(base: nn.Module) -> str:
 def _own_call(module: nn.Module) -> str:
     """What calling the module would do besides its class's forward, or ""."""
     if "forward" in module.__dict__:
-        return "has a forward of its own"
+        return _OWN_FORWARD
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return "has hooks"
     return ""

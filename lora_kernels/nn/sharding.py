@@ -63,10 +63,15 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a torch.distributed.tensor.DTensor; does not import it."""
+def dtensors() -> tuple[type, ...]:
+    """The class torch.distributed.tensor.DTensor, or nothing where that was not imported: then there are none."""
     found: Any = sys.modules.get("torch.distributed.tensor")
-    return found is not None and isinstance(tensor, found.DTensor)
+    return () if found is None else (found.DTensor,)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    return isinstance(tensor, dtensors())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_kernels import patch_peft
-from lora_kernels.interop import _peft_layers
 from tests.distributed.training import (
-    TARGETS,
     Transformer,
     assert_within_budget,
     batch,
@@ -127,27 +122,3 @@ def run_branching(rank, world_size):
     model = Branching(new_model(), rank)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     return gradients_of(model, *batch(rank, world_size), wrapped)
-
-
-def new_peft_model():
-    torch.manual_seed(0)
-    base = Transformer()
-    return get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_patched_peft_model_trains_as_peft_does_in_one_process(pool, autocast):
-    results = pool.run(run_peft, autocast, processes=2)
-    assert [fused for _, fused in results] == [6 * 2 * 3] * 2  # layers, blocks, steps
-    assert_within_budget(together([result for result, _ in results]), new_peft_model(), autocast=autocast)
-
-
-def run_peft(rank, world_size, autocast):
-    model = new_peft_model()
-    patch_peft(model)
-    wrapped = DistributedDataParallel(model)
-    with (
-        mock.patch.object(_peft_layers, "is_small", return_value=False),
-        mock.patch.object(_peft_layers, "lora_linear", wraps=_peft_layers.lora_linear) as fused,
-    ):
-        return train(model, rank, world_size, run=wrapped, autocast=autocast), fused.call_count
