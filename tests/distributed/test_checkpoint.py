@@ -99,8 +99,13 @@ def files_in(directory: str | Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("processes", "options"),
-    [(2, {}), (2, {"mp_policy": BF16_POLICY}), (4, {"mesh": (2, 2)})],
-    ids=["2 ranks", "2 ranks, bf16 policy", "4 ranks, 2 of which share a shard"],
+    [
+        (2, {}),
+        (2, {"mp_policy": BF16_POLICY}),
+        (4, {"mesh": (2, 2)}),
+        (4, {"mesh": (2, 2), "tensor_parallel": True}),
+    ],
+    ids=["2 ranks", "2 ranks, bf16 policy", "4 ranks, 2 of which share a shard", "4 ranks, tensor parallel in pairs"],
 )
 def test_an_adapter_file_is_what_one_process_would_write(pool, tmp_path, processes, options):
     for name in ("sharded", "whole"):

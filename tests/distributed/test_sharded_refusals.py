@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lora_kernels import (
     LoRALinear,
@@ -127,6 +127,19 @@ def run_gathered(rank, world_size, directory):
     assert not Path(directory, "not made").exists()
     assert model.part[0].active_adapter == "default"
     return told
+
+
+def test_the_older_fsdp_is_refused(pool, tmp_path):
+    for told in pool.run(run_older_fsdp, str(tmp_path / "not made"), processes=2):
+        assert "(Models in FullyShardedDataParallel are not supported: use fully_shard.)" in told
+    assert not (tmp_path / "not made").exists()
+
+
+def run_older_fsdp(rank, world_size, directory):
+    wrapped = FullyShardedDataParallel(new_model(), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedError) as caught:
+        save_lora(wrapped, directory)
+    return str(caught.value)
 
 
 def test_a_shard_that_reaches_the_operation_is_refused_by_name(pool):
