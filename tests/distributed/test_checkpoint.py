@@ -119,16 +119,16 @@ def test_an_adapter_file_is_what_one_process_would_write(pool, tmp_path, process
 
 def run_save_and_load(rank, world_size, directory, options):
     model, _ = new_training(sharded=False)
-    shard(model, **options)
+    shard(model, reshard_after_forward=False, **options)
     with torch.no_grad():
-        model(batch()[0])  # after which the root holds gathered copies, rounded by the policy
+        model(batch()[0])  # after which the units show gathered copies, rounded by the policy
     with mock.patch("lora_kernels.adapters.save._write_pair", wraps=save_module._write_pair) as written:
         save_lora(model, directory)
     assert written.call_count == (rank == 0)
     assert len(files_in(directory)) == 2  # on every rank, once the call is back
     adapters = whole_adapters(model)
     other, _ = new_training(sharded=False, seed=1)
-    shard(other, **options)
+    shard(other, reshard_after_forward=False, **options)
     with torch.no_grad():
         other(batch()[0])
     load_lora(other, directory)
