@@ -25,11 +25,33 @@ def apply(
     """
     y: Tensor
     if torch._C._are_functorch_transforms_active():
-        y, _ = twin.apply(*inputs)
+        y = _apply_transformed(twin, inputs)
     elif not torch.is_grad_enabled():
         y, _ = forward(*inputs)
     else:
         y = node.apply(*inputs)
+    return y
+
+
+def _apply_transformed(twin: type[torch.autograd.Function], inputs: tuple[Any, ...]) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Dynamo traces the forward alone where torch.func takes the gradient, and has no vmap rule for a node.
+        raise UnsupportedError(
+            "torch.func must not be traced by torch.compile over this package's operations: PyTorch's tracer loses "
+            "their gradient there. Leave out fullgraph=True, and PyTorch runs this part uncompiled; or use "
+            "backend='reference', which is plain differentiable PyTorch."
+        )
+    y: Tensor
+    try:
+        y, _ = twin.apply(*inputs)
+    except NotImplementedError as error:
+        if isinstance(error, UnsupportedError) or "jvp" not in str(error):
+            raise
+        raise UnsupportedError(
+            "x, or a parameter, must not carry a forward-mode tangent (torch.func.jvp, jacfwd, hessian): this "
+            "package's operations have derivatives in reverse mode only. Use torch.func.vjp or jacrev, or "
+            "backend='reference', which is plain differentiable PyTorch."
+        ) from error
     return y
 
 

@@ -120,7 +120,8 @@ def lora_branch(
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit together.
         ArgumentError: dropout_p, scaling, dropout_seed, dropout_offset or backend is out of range.
-        UnsupportedError: the named backend cannot serve this call; or a second derivative was asked for.
+        UnsupportedError: the named backend cannot serve this call; or a second or forward-mode derivative was asked
+            for.
 
     Numerics:
         Products accumulate in fp32 (fp64 for float64); base_out is added in it, whatever its dtype, and each tensor is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,6 +130,18 @@ def initialise(lora_A: torch.Tensor, lora_B: torch.Tensor, init_lora_weights: In
         nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_B)
+
+
+def move_scalings(scalings: Iterable[float | torch.Tensor], fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Takes scalings in tensors along with a layer's parameters, on which nn.Module's `_apply` calls `fn`.
+
+    To another device only, each as the same object: a scaling's dtype is its own, and on meta its value would be lost.
+    """
+    for scaling in scalings:
+        if isinstance(scaling, torch.Tensor):
+            device = fn(scaling.detach()).device
+            if device.type != "meta" and device != scaling.device:
+                scaling.data = scaling.detach().to(device)
 
 
 # What a subclass of nn.Linear may define and still be one: making itself is over, and the rest is Python's.

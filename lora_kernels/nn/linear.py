@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.errors import ArgumentError, DeviceError, DtypeError
+from lora_kernels.errors import ArgumentError, DeviceError, DtypeError, UnsupportedError
 from lora_kernels.functional import _checks
 from lora_kernels.functional._nodes import without_autocast
 from lora_kernels.functional.linear import lora_linear
@@ -23,6 +23,7 @@ from lora_kernels.nn.adapter import (
     check_adapter_name,
     child_name,
     initialise,
+    move_scalings,
     new_parameters,
     obstacle,
     resolve_adapter_dtype,
@@ -438,6 +439,11 @@ class LoRALinear(nn.Linear):
         check_not_sharded(self, "merge", MERGE_ELSEWHERE)
         if self.weight.is_meta:
             raise DeviceError("weight must hold data to be merged; got a meta tensor. Materialise the layer first.")
+        if "weight" not in self._parameters:
+            raise UnsupportedError(
+                "weight must be a parameter of the layer to be merged; got one that is computed, by a parametrization "
+                "or pruning. Remove that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)."
+            )
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with without_autocast(self.weight.device.type):  # which would round the product, and the sum with it
             update = (self.scaling * self.lora_B.to(wide)) @ self.lora_A.to(wide)
@@ -455,6 +461,12 @@ class LoRALinear(nn.Linear):
             check_not_sharded(self, "unmerge", MERGE_ELSEWHERE)
             self.weight = self._parameters.pop("unmerged_weight")  # type: ignore[assignment]
             self._merged = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        """As for every module: to(), half(), to_empty(); scalings in tensors follow to the device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        move_scalings([self.scaling, *(settings.scaling for settings in self._settings.values())], fn)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A merged layer saves what the unmerged one would: base and adapter, never their sum beside the adapter."""
