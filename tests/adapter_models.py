@@ -51,6 +51,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, LoRALinear):
             state[f"{name}()"] = (module.active_adapter, module.adapters, module.merged, repr(module))
     for name, p in model.named_parameters(remove_duplicate=False):
-        values = None if p.is_meta else p.detach().to(torch.float64).tolist()
+        here = p.to_local() if hasattr(p, "to_local") else p  # what this rank holds of a DTensor
+        values = None if p.is_meta else here.detach().to(torch.float64).tolist()
         state[f"{name}="] = (id(p), p.dtype, p.device, p.requires_grad, values)
     return state

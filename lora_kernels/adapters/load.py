@@ -94,7 +94,8 @@ def load_lora(
     merged = any(layer.merged for _, layer in layers)
     if merged:
         check_layers_not_sharded(model, "load_lora into a merged model", MERGE_ELSEWHERE)
-    reshard(model)
+    if owners:
+        reshard(model)
     mesh = mesh_of(parameter for layer in owners.values() for parameter in layer.parameters_of(adapter_name))
     with unanimous(mesh), _opened(Path(directory)) as (config_path, config, weights):
         stored = _stored(modules, config, weights, backend)

@@ -178,6 +178,21 @@ def obstacle(linear: Any) -> str | None:
     return f"{found}, which adds {', '.join(own[:3])} to nn.Linear" if own else None
 
 
+def check_plain(linear: Any) -> None:
+    """A module is a plain linear.
+
+    Raises:
+        DtypeError: it is not.
+    """
+    found = obstacle(linear)
+    if found is not None:
+        raise DtypeError(
+            "linear must be an nn.Linear with a floating-point weight parameter [out_features, in_features]; "
+            f"got {found}. Dequantise it, merge its adapter or remove its parametrization "
+            "first, or adapt another layer."
+        )
+
+
 def weight_obstacle(module: nn.Module, shape: tuple[int, int]) -> str | None:
     """Why a module's weight is not a plain floating-point parameter of this shape."""
     found = type(module).__name__

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.errors import ArgumentError, DeviceError, DtypeError, UnsupportedError
+from lora_kernels.errors import ArgumentError, DeviceError, UnsupportedError
 from lora_kernels.functional import _checks
 from lora_kernels.functional._nodes import without_autocast
 from lora_kernels.functional.linear import lora_linear
@@ -21,11 +21,11 @@ from lora_kernels.nn.adapter import (
     InitLoRAWeights,
     NamedAdapter,
     check_adapter_name,
+    check_plain,
     child_name,
     initialise,
     move_scalings,
     new_parameters,
-    obstacle,
     resolve_adapter_dtype,
 )
 from lora_kernels.nn.sharding import ADD_FIRST, MERGE_ELSEWHERE, check_not_gathered, check_not_sharded, write
@@ -177,7 +177,7 @@ class LoRALinear(nn.Linear):
             DtypeError: linear is not an nn.Linear with a plain floating-point weight.
             ArgumentError: as for the class.
         """
-        _check_plain(linear)
+        check_plain(linear)
         adapter_dtype = resolve_adapter_dtype(linear.weight.dtype, adapter_dtype)
         settings = AdapterSettings.checked(
             r=r,
@@ -358,9 +358,7 @@ class LoRALinear(nn.Linear):
         for parameter, tensor in zip(self.parameters_of(adapter_name), (lora_A, lora_B), strict=True):
             write(parameter, tensor)
         now = self.settings_of(adapter_name)
-        scaling = settings.scaling
-        if isinstance(now.scaling, Tensor):
-            scaling = now.scaling.fill_(scaling)
+        scaling = now.scaling.fill_(settings.scaling) if isinstance(now.scaling, Tensor) else settings.scaling
         now = replace(now, lora_alpha=settings.lora_alpha, use_rslora=settings.use_rslora, scaling=scaling)
         self._settings[adapter_name] = now
         if adapter_name == self.active_adapter:
@@ -499,13 +497,3 @@ def merge_again(layer: nn.Module, _incompatible_keys: Any) -> None:
     if isinstance(layer, LoRALinear) and layer.merged and layer._named is not None:
         layer.unmerge()
         layer.merge()
-
-
-def _check_plain(linear: Any) -> None:
-    found = obstacle(linear)
-    if found is not None:
-        raise DtypeError(
-            "linear must be an nn.Linear with a floating-point weight parameter [out_features, in_features]; "
-            f"got {found}. Dequantise it, merge its adapter or remove its parametrization "
-            "first, or adapt another layer."
-        )

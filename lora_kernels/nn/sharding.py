@@ -27,7 +27,7 @@ def is_sharded(module: nn.Module) -> bool:
     return any(getattr(one, "_is_fsdp_managed_module", False) for one in module.modules())
 
 
-def check_not_sharded(module: nn.Module, call: str, remedy: str, name: str | None = None) -> None:
+def check_not_sharded(module: nn.Module, call: str, remedy: str, name: str = "") -> None:
     """FSDP holds no parameters of the module.
 
     Raises:
@@ -36,7 +36,7 @@ def check_not_sharded(module: nn.Module, call: str, remedy: str, name: str | Non
     if is_sharded(module):
         raise UnsupportedError(
             f"{call} needs parameters that FSDP does not hold, since FSDP would put its own back in their place; got "
-            f"{_described(module) if name is None else repr(name)}, which is sharded. {remedy}"
+            f"{repr(name) if name else _described(module)}, which is sharded. {remedy}"
         )
 
 

@@ -223,7 +223,7 @@ class Problem:
         layer.__class__ = layer._stock_class
         if call.dropout_p:
             with generator_state(self.generator):
-                seed = _checks.seed_tensor(None, x.device)
+                seed = _checks.seed_tensor(None, None, x.device)
             layer.lora_dropout[call.adapter] = SeededDropout(call.dropout_p, seed)
         if double:
             base = layer.base_layer

@@ -10,9 +10,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.func import functional_call
 
 from lora_kernels import LoRALinear, set_adapter
+from lora_kernels.distributed import LoRAColwiseParallel, LoRARowwiseParallel
 from tests.distributed.training import (
     Transformer,
     adapt,
@@ -43,10 +45,27 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def shard(model: nn.Module, units: type[nn.Module] | None = None, checkpoints=None, mesh=None, **options) -> nn.Module:
-    """Each block a unit, or each module of a type, and the rest one more."""
+TENSOR_PARALLEL = {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
+
+
+def shard(
+    model: nn.Module,
+    units: type[nn.Module] | None = None,
+    checkpoints: str | None = None,
+    mesh: tuple[int, int] | None = None,
+    tensor_parallel: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Each block a unit, or each module of a type, and the rest one more.
+
+    The first dimension of a mesh replicates what the second shards; or shards what the second does in tensor parallel.
+    """
     if mesh is not None:
-        options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
+        options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("first", "second"))
+    if tensor_parallel:
+        for block in model.blocks:
+            parallelize_module(block, options["mesh"]["second"], TENSOR_PARALLEL)
+        options["mesh"] = options["mesh"]["first"]
     model.checkpoints = checkpoints
     for module in list(model.modules()):
         if isinstance(module, units) if units else type(module).__name__ == "Block":
@@ -126,12 +145,12 @@ def test_an_adapter_is_switched_after_sharding(pool):
 
 
 def run_switched(rank, world_size):
-    model = shard(new_model(adapter_names=("a", "b")))
+    model = shard(new_model(adapter_names=("a", "b")), reshard_after_forward=False)
     results = {}
     for name in ("a", "b"):
         with torch.no_grad():
-            model(batch()[0])  # after which the root holds gathered copies, where a change would be lost
-        assert not isinstance(model.norm.weight, DTensor)
+            model(batch()[0])  # after which the units show gathered copies, where a change would be lost
+        assert not isinstance(model.blocks[0].up.weight, DTensor)
         set_adapter(model, name)
         assert all(f".adapter_{name}." in key for key in trainable(model))
         results[name] = train_sharded(model, rank, world_size)

@@ -64,7 +64,7 @@ class SeededDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        seed = _checks.seed_tensor(None, x.device)
+        seed = _checks.seed_tensor(None, None, x.device)
         keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], self.p).view(x.shape)
         return torch.where(keep, x, 0) * dropout_scale(self.p)
 
