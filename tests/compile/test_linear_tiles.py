@@ -161,7 +161,8 @@ def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None
     for variant in variants(shipped):
         figures = figures_of(shipped, variant, target)
         assert figures.faults() == [], f"{variant}: {figures}"
-        if shipped.dropout:  # x is a shard: its place in the whole input takes two registers more
+        # x is a shard: its place in the whole input takes two registers more. One family of each vendor stands for all.
+        if shipped.dropout and target in ("sm_90", "gfx942"):
             figures = figures_of(shipped, Variant(variant.unit_strides, variant.flags | {"HAS_OFFSET": True}), target)
             assert figures.faults() == [], f"{variant} of a shard: {figures}"
 

@@ -11,6 +11,10 @@ import pytest
 from tests.distributed.pool import Pool
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-table", action="store_true", help="write what test_matrix.py found into the docs")
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     pool = Pool(4)
