@@ -7,6 +7,7 @@ import types
 import pytest
 
 import lora_kernels
+import lora_kernels.distributed
 
 NAMES = {
     "AdaptedModule",
@@ -37,7 +38,13 @@ NAMES = {
     "unpatch_peft",
 }
 
+# Imported by name: with it come torch's distributed tensors.
+DISTRIBUTED = {"LoRAColwiseParallel", "LoRARowwiseParallel", "shard_dropout"}
+
 SIGNATURES = {
+    "distributed.LoRAColwiseParallel": "(*, input_layouts=None, output_layouts=None, use_local_output=True)",
+    "distributed.LoRARowwiseParallel": "(*, input_layouts=None, output_layouts=None, use_local_output=True)",
+    "distributed.shard_dropout": "(model, mesh=None)",
     "lora_linear": (
         "(x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, dropout_seed=None, "
         "dropout_offset=None, backend='auto')"
@@ -90,10 +97,10 @@ ERRORS = {
 }
 
 
-def public_names() -> set[str]:
+def public_names(package: types.ModuleType = lora_kernels) -> set[str]:
     return {
         name
-        for name, value in vars(lora_kernels).items()
+        for name, value in vars(package).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
 
@@ -114,6 +121,7 @@ def names_kinds_defaults(function) -> str:
 
 def test_names():
     assert public_names() == NAMES
+    assert public_names(lora_kernels.distributed) == DISTRIBUTED
 
 
 def test_star_import_gives_the_same_names():
@@ -140,10 +148,10 @@ def test_error_bases(name, base):
     assert issubclass(resolve(name), lora_kernels.LoRAKernelsError)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", sorted(NAMES | {f"distributed.{name}" for name in DISTRIBUTED}))
 def test_has_a_docstring(name):
     # Not the one a dataclass makes of its fields.
-    assert not re.match(rf"{name}\(|$", inspect.getdoc(resolve(name)) or "")
+    assert not re.match(rf"{name.rpartition('.')[2]}\(|$", inspect.getdoc(resolve(name)) or "")
 
 
 def test_layer_has_torch_and_peft_names():
