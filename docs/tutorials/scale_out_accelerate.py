@@ -16,6 +16,7 @@ def main(steps, out):
     """Trains and saves the adapter."""
     accelerator = Accelerator()
     model, _ = new_model()
+    accelerator.print(f"accelerate on {accelerator.num_processes} x {accelerator.device.type}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Each item is one sequence; a process gets its share of each batch, in order.
     sequences = [sequence for step in range(steps) for sequence in corpus(step)]
