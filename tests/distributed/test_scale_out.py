@@ -33,7 +33,7 @@ def launch(command: str, out: Path) -> list[float]:
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "PET_STANDALONE": "1",  # torchrun's --standalone: a free port, since other tests may hold the usual one
         },
