@@ -139,7 +139,7 @@ def main(args):
     checkpoint.save(state, checkpoint_id=args.out / f"checkpoint-{args.steps}")
     if first or args.parallel not in ("none", "ddp"):  # what is sharded, all gather together and the first one writes
         save_lora(model, args.out / "adapter")
-    distributed.barrier()  # nobody tears down connections that another process may still use
+    distributed.barrier()  # without it some runs over gloo under tp were aborted at exit, with it none
     distributed.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -276,6 +276,58 @@ def manage(model, folder):
     return {name: output.detach() for name, output in seen.items()}
 
 
+def test_what_a_layer_has_when_it_is_sharded_comes_along(pool):
+    x, _ = inputs_of("fp64")
+    layer = with_two_adapters()
+    expected = {"merged": layer(x)}
+    layer.unmerge()
+    expected["second"] = layer(x)
+    layer.set_adapter("default")
+    expected["default"] = layer(x)
+    for found in pool.run(run_two_adapters, processes=4):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value.detach(), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def with_two_adapters() -> LoRALinear:
+    layer = new_layer()
+    layer.add_adapter("second", r=3, init_lora_weights=False)
+    layer.merge()
+    return layer
+
+
+def run_two_adapters(rank, world_size):
+    # Whole outputs of parts that differ in size: N = 22 is 6, 6, 6 and 4.
+    mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
+    layer = parallelize_module(with_two_adapters(), mesh, LoRAColwiseParallel(output_layouts=Replicate()))
+    x, _ = inputs_of("fp64")
+    found = {"merged": layer(x)}
+    layer.unmerge()
+    found["second"] = layer(x)
+    layer.set_adapter("default")
+    found["default"] = layer(x)
+    return {name: y.detach() for name, y in found.items()}
+
+
+@pytest.mark.parametrize("source", [0, None])
+def test_whose_numbers_are_sharded(pool, source):
+    # As parallelize_module says: rank 0's, or each rank's part of its own.
+    for rank, of_kinds in enumerate(pool.run(run_source, source, processes=2)):
+        assert of_kinds == [{0.0 if source == 0 else float(rank)}] * 2
+
+
+def run_source(rank, world_size, source):
+    mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
+    found = []
+    for layer in (LoRALinear(8, 8, r=4), nn.Linear(8, 8)):
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.fill_(rank)
+        parallelize_module(layer, mesh, LoRARowwiseParallel(), src_data_rank=source)
+        found.append({value for p in layer.parameters() for value in p.to_local().flatten().tolist()})
+    return found
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_different_seeds_are_detected_on_every_rank(pool, style):
     told = pool.run(run_seeds, style, processes=2)
@@ -292,6 +344,18 @@ def run_seeds(rank, world_size, style):
     torch.manual_seed(rank)
     with pytest.raises(ArgumentError) as info:
         layer.train()(x)
+    return str(info.value)
+
+
+def test_a_rank_without_a_part_is_refused(pool):
+    # 5 over 4 ranks is 2, 2, 1 and nothing.
+    told = pool.run(run_five, processes=4)
+    assert told == ["out_features must leave every rank a part; got 5 for 4 ranks. Do not shard this layer."] * 4
+
+
+def run_five(rank, world_size):
+    with pytest.raises(ArgumentError) as info:
+        sharded(LoRALinear(8, 5), "colwise", world_size)
     return str(info.value)
 
 
