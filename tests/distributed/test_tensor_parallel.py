@@ -300,6 +300,7 @@ def run_two_adapters(rank, world_size):
     # Whole outputs of parts that differ in size: N = 22 is 6, 6, 6 and 4.
     mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
     layer = parallelize_module(with_two_adapters(), mesh, LoRAColwiseParallel(output_layouts=Replicate()))
+    assert layer.merged
     x, _ = inputs_of("fp64")
     found = {"merged": layer(x)}
     layer.unmerge()
