@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.multiprocessing import spawn
 
@@ -53,10 +53,9 @@ def run_rank(rank, world_size, store, style, folder):
         # Each rank has the whole batch: the mean of equal gradients is that of one process.
         fully_shard(layer, mesh=mesh)
     else:
-        from torch.distributed.tensor import Replicate
-
+        if world_size == 1:
+            shard_dropout(layer, mesh)
         layouts = {"output_layouts": Replicate()} if style == "colwise" else {"input_layouts": Replicate()}
-        shard_dropout(layer, init_device_mesh("cuda", (1,))) if world_size == 1 else None
         parallelize_module(layer, mesh, STYLES[style](**layouts))
     found = results_of(layer, device, torch.bfloat16)
     if rank == 0:
