@@ -28,20 +28,41 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
-def gather_seeds(mesh: DeviceMesh, drawn: Tensor) -> Tensor:
-    """Every rank's [seed, ...] as the rows of a tensor, in the mesh's order, from this rank's; the seeds are the same.
+def gather(mesh: DeviceMesh, drawn: Tensor) -> Tensor:
+    """Every rank's [seed, ...] as the rows of a tensor, in the order of a 1-D mesh, from this rank's."""
+    return DTensor.from_local(drawn[None], mesh, [Shard(0)], run_check=False).full_tensor()
+
+
+def same_seed(of_ranks: Tensor) -> Tensor:
+    """Whether they begin with the same seed, as a 0-d bool."""
+    return (of_ranks[:, 0] == of_ranks[0, 0]).all()
+
+
+def require(agree: Tensor) -> None:
+    """The ranks that share a mask drew the same seed.
 
     Raises:
-        ArgumentError: they are not, on every rank. On a GPU the check is an assertion on the device, since nothing here
-            waits for it; so it is in a compiled graph.
+        ArgumentError: they did not. On a GPU the check is an assertion on the device, since nothing here waits for it;
+            so it is in a compiled graph.
     """
-    of_ranks = DTensor.from_local(drawn[None], mesh, [Shard(0)], run_check=False).full_tensor()
-    agree = (of_ranks[:, 0] == of_ranks[0, 0]).all()
     if torch.compiler.is_compiling() or not agree.is_cpu:
         torch._assert_async(agree, _TOLD)
     elif not agree:
         raise ArgumentError(_TOLD)
-    return of_ranks
+
+
+def check_apart(batch: DeviceMesh, tensor: DeviceMesh) -> None:
+    """The ranks of a batch and those that a layer is sharded over are two dimensions of one mesh.
+
+    Raises:
+        ArgumentError: they share more ranks than this one: ranks with the same rows would count as parts of the batch.
+    """
+    shared = set(batch.mesh.flatten().tolist()) & set(tensor.mesh.flatten().tolist())
+    if len(shared) > 1:
+        raise ArgumentError(
+            f"mesh must hold ranks with different parts of the batch; got {batch}, and a layer is sharded over "
+            f"{tensor}. Name the dimension of the batch alone: shard_dropout(model, mesh['dp'])."
+        )
 
 
 @dataclass(frozen=True)
@@ -50,10 +71,16 @@ class BatchShard:
 
     mesh: DeviceMesh
 
-    def first_row(self, seed: Tensor, x: Tensor) -> Tensor:
-        """Where this rank's rows of x [*, K] begin; other ranks may have other numbers of them."""
+    def first_row(self, seed: Tensor, x: Tensor, agree: Tensor | None = None) -> Tensor:
+        """Where this rank's rows of x [*, K] begin; other ranks may have other numbers of them.
+
+        agree: whether the ranks that share these rows drew the same seed. A disagreement anywhere is told to all: a
+        rank that raised alone would leave others waiting for it.
+        """
         rows = torch.full((1,), x.shape[:-1].numel(), dtype=torch.int64, device=x.device)
-        of_ranks = gather_seeds(self.mesh, torch.cat([seed, rows]))
+        agrees = torch.ones_like(rows) if agree is None else agree.to(torch.int64)[None]
+        of_ranks = gather(self.mesh, torch.cat([seed, rows, agrees]))
+        require(same_seed(of_ranks) & of_ranks[:, 2].all())
         return of_ranks[: self.mesh.get_local_rank(), 1].sum()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, int]]:
@@ -74,11 +101,13 @@ def shard_dropout(model: nn.Module, mesh: DeviceMesh | None = None) -> None:
     Args:
         model: its `LoRALinear` layers, of which there is at least one, are changed in place; call it before or after
             DistributedDataParallel, fully_shard and parallelize_module.
-        mesh: the ranks that share a batch, one-dimensional, such as mesh_2d["dp"]; None for all ranks.
+        mesh: the ranks that share a batch, one-dimensional, such as mesh["dp"]; None for all ranks, where no
+            layer is sharded over some.
 
     Raises:
-        ArgumentError: the model has no LoRALinear, or the mesh more than one dimension. In a layer's call: the ranks
-            drew different seeds; they need the same `torch.manual_seed`.
+        ArgumentError: the model has no LoRALinear; or the mesh has more than one dimension, or contains ranks that a
+            layer is sharded over. In a layer's call: the ranks drew different seeds; they need the same
+            `torch.manual_seed`.
 
     Example:
         >>> import torch
@@ -101,5 +130,8 @@ def shard_dropout(model: nn.Module, mesh: DeviceMesh | None = None) -> None:
         mesh = init_device_mesh(layers[0].weight.device.type, (torch.distributed.get_world_size(),))
     if mesh.ndim != 1:
         raise ArgumentError(f"mesh must have one dimension; got {mesh.ndim}. Name the one of the batch: mesh['dp'].")
+    for layer in layers:
+        if isinstance(of_tensor := layer.__dict__.get("mesh"), DeviceMesh):
+            check_apart(mesh, of_tensor)
     for layer in layers:
         layer.batch_shard = BatchShard(mesh)

@@ -25,11 +25,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.nn import functional as F
 
-from lora_kernels.distributed.dropout import BatchShard, draw_seed, gather_seeds
+from lora_kernels.distributed.dropout import BatchShard, check_apart, draw_seed, gather, require, same_seed
 from lora_kernels.errors import ArgumentError, UnsupportedError
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn import LoRALinear
 from lora_kernels.nn.adapter import AdapterSettings
+from lora_kernels.nn.sharding import is_dtensor, is_sharded
 from lora_kernels.reference.philox import COLUMNS_PER_COUNTER
 
 
@@ -62,15 +63,22 @@ class ShardedLoRALinear(LoRALinear):
         self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, first_column: int
     ) -> Tensor:
         """What this rank computes of a call; x begins at first_column of the whole input."""
-        dropout_p, seed, offset = self.lora_dropout if self.training else 0.0, None, None
+        dropout_p, seed = self.lora_dropout if self.training else 0.0, None
+        offset: tuple[int | Tensor, int | Tensor] | None = None
         if dropout_p:
             seed = draw_seed(x.device)
-            gather_seeds(self.mesh, seed)
-            row = 0 if self.batch_shard is None else cast(BatchShard, self.batch_shard).first_row(seed, x)
-            offset = (row, first_column)
+            agree = same_seed(gather(self.mesh, seed))
+            if self.batch_shard is None:
+                require(agree)
+                offset = (0, first_column)
+            else:
+                offset = (cast(BatchShard, self.batch_shard).first_row(seed, x, agree), first_column)
+        scaling = self.scaling
+        if isinstance(scaling, Tensor) and scaling.requires_grad:
+            scaling = _summed_gradient(DTensor.from_local(scaling, self.mesh, [Replicate()], run_check=False))
         return lora_linear(
             x, weight, lora_A, lora_B, bias,
-            scaling=self.scaling, dropout_p=dropout_p, dropout_seed=seed, dropout_offset=offset, backend=self.backend,
+            scaling=scaling, dropout_p=dropout_p, dropout_seed=seed, dropout_offset=offset, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -89,9 +97,10 @@ class ColwiseLoRALinear(ShardedLoRALinear):
         """A DTensor, replicated, to a DTensor, sharded along the features."""
         if self._merged or not self.r:
             return F.linear(input, self.weight, self.bias)
+        lora_A, lora_B = self._active_parameters()
         y = self._term(
             input.to_local(grad_placements=[Partial()]),
-            _local(self.weight), _summed_gradient(self.lora_A), _local(self.lora_B), _local(self.bias),
+            _local(self.weight), _summed_gradient(lora_A), _local(lora_B), _local(self.bias),
             first_column=0,
         )  # fmt: skip
         shape = torch.Size((*input.shape[:-1], self.out_features))
@@ -121,10 +130,12 @@ class RowwiseLoRALinear(ShardedLoRALinear):
             )
         bias = _local(self.bias)
         if bias is not None and rank:
-            bias = bias - bias.detach()  # it is added once; its gradient, the sum over dy, is each rank's own
+            # It is added once; its gradient, the sum over dy, is each rank's own.
+            bias = bias - bias.detach() if bias.requires_grad else torch.zeros_like(bias)
+        lora_A, lora_B = self._active_parameters()
         y = self._term(
             input.to_local(),
-            _local(self.weight), _local(self.lora_A), _summed_gradient(self.lora_B), bias,
+            _local(self.weight), _local(lora_A), _summed_gradient(lora_B), bias,
             first_column=rank * columns,
         )  # fmt: skip
         return DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
@@ -184,6 +195,12 @@ class _LoRAParallel(ParallelStyle):
         return distribute_module(layer, device_mesh, None, cast(Any, self._take), cast(Any, self._give))
 
     def _check(self, layer: LoRALinear, mesh: DeviceMesh) -> None:
+        elsewhere = type(layer) is LoRALinear and any(is_dtensor(parameter) for parameter in layer.parameters())
+        if is_sharded(layer) or elsewhere:
+            raise UnsupportedError(
+                f"{type(self).__name__} must be given a LoRALinear over an nn.Linear that is not sharded yet; got one "
+                "whose parameters FSDP or another style has sharded. Call parallelize_module first, then fully_shard."
+            )
         if type(layer) is not LoRALinear:
             raise UnsupportedError(
                 f"{type(self).__name__} must be given a LoRALinear over an nn.Linear that is not sharded yet; got "
@@ -196,11 +213,25 @@ class _LoRAParallel(ParallelStyle):
             raise ArgumentError(
                 f"{name} must leave every rank a part; got {features} for {size} ranks. Do not shard this layer."
             )
+        if isinstance(layer.batch_shard, BatchShard):
+            check_apart(layer.batch_shard.mesh, mesh)
 
-    def _take(self, _layer: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> DTensor:
+    def _take(self, layer: Any, inputs: tuple[Any, ...], mesh: DeviceMesh) -> DTensor:
+        if not inputs:
+            raise ArgumentError("x must be passed by position to a sharded layer; got it by name. Call layer(x).")
         x = inputs[0]
         if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, mesh, [self.input_layouts], run_check=False)
+            layout = self.input_layouts
+            whole: dict[str, Any] = {}
+            if isinstance(layout, Shard) and layout.dim in (-1, x.dim() - 1):
+                shape = torch.Size((*x.shape[:-1], layer.in_features))  # ranks' parts may differ in size
+                whole = {"shape": shape, "stride": _contiguous_stride(shape)}
+            x = DTensor.from_local(x, mesh, [layout], run_check=False, **whole)
+        elif x.device_mesh != mesh:
+            raise ArgumentError(
+                f"x must be a tensor, or a DTensor on the mesh that the layer is sharded over, {mesh}; got one on "
+                f"{x.device_mesh}. Pass its local tensor: x.to_local()."
+            )
         return x.redistribute(placements=[self._computes[0]])
 
     def _give(self, _layer: nn.Module, y: DTensor, _mesh: DeviceMesh) -> Any:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_kernels.errors import ArgumentError, DtypeError
 from lora_kernels.functional import _checks
+from lora_kernels.functional._nodes import without_autocast
 from lora_kernels.nn.sharding import is_dtensor, is_sharded, write
 
 InitLoRAWeights = bool | Literal["gaussian"]
@@ -142,6 +143,25 @@ def move_scalings(scalings: Iterable[float | torch.Tensor], fn: Callable[[torch.
             device = fn(scaling.detach()).device
             if device.type != "meta" and device != scaling.device:
                 scaling.data = scaling.detach().to(device)
+
+
+def merged_weight(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float | torch.Tensor, *, transposed: bool
+) -> torch.Tensor:
+    """W + scaling B A, added in fp32 or wider and rounded once; transposed: W is stored as [K, N]."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with without_autocast(weight.device.type):  # which would round the product, and the sum with it
+        update = (scaling * lora_B.to(wide)) @ lora_A.to(wide)
+    if transposed:
+        update = update.T.contiguous()
+    return update.add_(weight).to(weight.dtype)
+
+
+def merge_again(layer: Any, _incompatible_keys: Any) -> None:
+    """After load_state_dict, which loads children after their parent: a named adapter was merged too early."""
+    if layer.merged and layer._named is not None:
+        layer.unmerge()
+        layer.merge()
 
 
 # What a subclass of nn.Linear may define and still be one: making itself is over, and the rest is Python's.

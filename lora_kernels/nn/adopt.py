@@ -12,7 +12,8 @@ from typing import Any, cast
 from torch import nn
 
 from lora_kernels.nn import adapter
-from lora_kernels.nn.linear import NUMBERS, LoRALinear, merge_again
+from lora_kernels.nn.adapter import merge_again
+from lora_kernels.nn.linear import NUMBERS, LoRALinear
 
 
 class LoRAConv1D(LoRALinear):
@@ -77,6 +78,6 @@ def release(layer: LoRALinear) -> None:
     plain = layer._plain_class
     if layer.fan_in_fan_out:
         del layer.in_features, layer.out_features
-    for name in ("active_adapter", "_named", "_settings", "_merged", "_plain_class", *NUMBERS):
+    for name in ("active_adapter", "_named", "_settings", "_merged", "_plain_class", "batch_shard", "mesh", *NUMBERS):
         layer.__dict__.pop(name, None)
     cast(Any, layer).__class__ = plain

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lora_kernels.errors import ArgumentError, DeviceError, UnsupportedError
 from lora_kernels.functional import _checks
-from lora_kernels.functional._nodes import without_autocast
 from lora_kernels.functional.linear import lora_linear
+from lora_kernels.nn import sharding
 from lora_kernels.nn.adapter import (
     DEFAULT,
     NO_ADAPTER,
@@ -24,11 +24,12 @@ from lora_kernels.nn.adapter import (
     check_plain,
     child_name,
     initialise,
+    merge_again,
+    merged_weight,
     move_scalings,
     new_parameters,
     resolve_adapter_dtype,
 )
-from lora_kernels.nn.sharding import ADD_FIRST, MERGE_ELSEWHERE, check_not_gathered, check_not_sharded, write
 
 # What the layer shows as its own attributes, of the adapter that is active.
 NUMBERS = tuple(field.name for field in fields(AdapterSettings) if field.name != "trains")
@@ -236,18 +237,23 @@ class LoRALinear(nn.Linear):
         self.unmerge()
         if self.active_adapter is not None:
             self._settings[self.active_adapter] = self._active_settings()
-            self.lora_A.requires_grad_(False)
-            self.lora_B.requires_grad_(False)
+            for parameter in self._active_parameters():
+                parameter.requires_grad_(False)
         self._show(None, NO_ADAPTER)
 
     def _active_settings(self) -> AdapterSettings:
         numbers = {number: getattr(self, number) for number in NUMBERS}
-        return AdapterSettings(**numbers, trains=(self.lora_A.requires_grad, self.lora_B.requires_grad))
+        lora_A, lora_B = self._active_parameters()
+        return AdapterSettings(**numbers, trains=(lora_A.requires_grad, lora_B.requires_grad))
+
+    def _active_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        named = self._named
+        return (self.lora_A, self.lora_B) if named is None else (named.lora_A, named.lora_B)
 
     @property
     def lora_A(self) -> nn.Parameter:
-        """[R, K], the active adapter's."""
-        return self._adapter_parameter("lora_A")
+        """[R, K], the active adapter's; in a unit of FSDP, which reads it, the parameter of this name."""
+        return self._shown_parameter("lora_A")
 
     @lora_A.setter
     def lora_A(self, value: nn.Parameter) -> None:
@@ -256,12 +262,18 @@ class LoRALinear(nn.Linear):
 
     @property
     def lora_B(self) -> nn.Parameter:
-        """[N, R], the active adapter's."""
-        return self._adapter_parameter("lora_B")
+        """[N, R], as lora_A."""
+        return self._shown_parameter("lora_B")
 
     @lora_B.setter
     def lora_B(self, value: nn.Parameter) -> None:
         self._parameters["lora_B"] = value
+
+    def _shown_parameter(self, name: str) -> nn.Parameter:
+        # FSDP takes what it reads for the parameter that it registered: another adapter's would become that, too.
+        if self._named is not None and self._parameters.get(name) is not None and sharding.is_sharded(self):
+            return cast(nn.Parameter, self._parameters[name])
+        return self._adapter_parameter(name)
 
     def _adapter_parameter(self, name: str) -> nn.Parameter:
         named = self._named
@@ -294,7 +306,7 @@ class LoRALinear(nn.Linear):
             DtypeError: adapter_dtype is neither the weight's dtype nor float32.
         """
         check_adapter_name(adapter_name)
-        check_not_sharded(self, "add_adapter", ADD_FIRST)
+        sharding.check_not_sharded(self, "add_adapter", sharding.ADD_FIRST)
         if adapter_name in self._settings:
             raise ArgumentError(
                 f"adapter_name must be new to the layer; it has {list(self._settings)}; got {adapter_name!r}. "
@@ -322,13 +334,13 @@ class LoRALinear(nn.Linear):
             return
         if adapter_name is not None:
             self._check_has(adapter_name)
-        check_not_gathered(self, "set_adapter")
+        sharding.check_not_gathered(self, "set_adapter")
         merged = self.merged
         self._leave()
         if adapter_name is not None:
             settings = self._settings[adapter_name]
             self._show(adapter_name, settings)
-            for parameter, trains in zip((self.lora_A, self.lora_B), settings.trains, strict=True):
+            for parameter, trains in zip(self._active_parameters(), settings.trains, strict=True):
                 parameter.requires_grad_(trains)
         if merged:
             self.merge()
@@ -340,7 +352,7 @@ class LoRALinear(nn.Linear):
             ArgumentError: the layer has no adapter of this name.
         """
         self._check_has(adapter_name)
-        check_not_sharded(self, "delete_adapter", ADD_FIRST)
+        sharding.check_not_sharded(self, "delete_adapter", sharding.ADD_FIRST)
         if adapter_name == self.active_adapter:
             self._leave()
         if adapter_name == DEFAULT:
@@ -352,11 +364,11 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def load_adapter(self, adapter_name: str, settings: AdapterSettings, lora_A: Tensor, lora_B: Tensor) -> None:
         """Writes into the parameters of one of the layer's adapters; of settings, what y depends on: alpha, scaling."""
-        check_not_gathered(self, "load_lora")
+        sharding.check_not_gathered(self, "load_lora")
         merged = self.merged
         self.unmerge()
         for parameter, tensor in zip(self.parameters_of(adapter_name), (lora_A, lora_B), strict=True):
-            write(parameter, tensor)
+            sharding.write(parameter, tensor)
         now = self.settings_of(adapter_name)
         scaling = now.scaling.fill_(settings.scaling) if isinstance(now.scaling, Tensor) else settings.scaling
         now = replace(now, lora_alpha=settings.lora_alpha, use_rslora=settings.use_rslora, scaling=scaling)
@@ -392,7 +404,7 @@ class LoRALinear(nn.Linear):
     def reset_lora_parameters(self) -> None:
         """Initialises the active adapter: A as PEFT's default does, B at zero unless init_lora_weights is False."""
         if self.r:
-            initialise(self.lora_A, self.lora_B, self.init_lora_weights)
+            initialise(*self._active_parameters(), self.init_lora_weights)
 
     @property
     def _base_weight(self) -> Tensor:
@@ -410,8 +422,7 @@ class LoRALinear(nn.Linear):
         return lora_linear(
             input,
             self._base_weight,
-            self.lora_A,
-            self.lora_B,
+            *self._active_parameters(),
             self.bias,
             scaling=self.scaling,
             dropout_p=dropout_p,
@@ -434,7 +445,7 @@ class LoRALinear(nn.Linear):
         """
         if self.merged or self.active_adapter is None:
             return
-        check_not_sharded(self, "merge", MERGE_ELSEWHERE)
+        sharding.check_not_sharded(self, "merge", sharding.MERGE_ELSEWHERE)
         if self.weight.is_meta:
             raise DeviceError("weight must hold data to be merged; got a meta tensor. Materialise the layer first.")
         if "weight" not in self._parameters:
@@ -442,12 +453,7 @@ class LoRALinear(nn.Linear):
                 "weight must be a parameter of the layer to be merged; got one that is computed, by a parametrization "
                 "or pruning. Remove that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)."
             )
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with without_autocast(self.weight.device.type):  # which would round the product, and the sum with it
-            update = (self.scaling * self.lora_B.to(wide)) @ self.lora_A.to(wide)
-        if self.fan_in_fan_out:
-            update = update.T.contiguous()
-        total = update.add_(self.weight).to(self.weight.dtype)
+        total = merged_weight(self.weight, *self._active_parameters(), self.scaling, transposed=self.fan_in_fan_out)
         base = cast(nn.Parameter, self.weight)
         self.register_parameter("unmerged_weight", base)
         self.weight = nn.Parameter(total, requires_grad=base.requires_grad)
@@ -456,7 +462,7 @@ class LoRALinear(nn.Linear):
     def unmerge(self) -> None:
         """weight ← W, the same tensor as before `merge`; no-op when not merged."""
         if self.merged:
-            check_not_sharded(self, "unmerge", MERGE_ELSEWHERE)
+            sharding.check_not_sharded(self, "unmerge", sharding.MERGE_ELSEWHERE)
             self.weight = self._parameters.pop("unmerged_weight")  # type: ignore[assignment]
             self._merged = False
 
@@ -485,15 +491,9 @@ class LoRALinear(nn.Linear):
         if self.active_adapter is None:
             return f"{super().extra_repr()}, no active adapter"
         named = "" if self.active_adapter == DEFAULT else f", active_adapter={self.active_adapter!r}"
-        adapter = "" if self.lora_A.dtype == self.weight.dtype else f", adapter_dtype={self.lora_A.dtype}"
+        dtype = self._active_parameters()[0].dtype
+        adapter = "" if dtype == self.weight.dtype else f", adapter_dtype={dtype}"
         return (
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
             f"scaling={self.scaling:.4g}{adapter}{named}{', merged' if self.merged else ''}"
         )
-
-
-def merge_again(layer: nn.Module, _incompatible_keys: Any) -> None:
-    """After load_state_dict, which loads children after their parent: a named adapter was merged too early."""
-    if isinstance(layer, LoRALinear) and layer.merged and layer._named is not None:
-        layer.unmerge()
-        layer.merge()

@@ -65,7 +65,7 @@ class _KeepMask:
         self._threshold, self._keys = np.uint16(philox.dropout_threshold(p)), _round_keys(key)
         self._columns, self._groups = columns, -(-columns // philox.COLUMNS_PER_COUNTER)
         first_group = first_column // philox.COLUMNS_PER_COUNTER
-        self._group = np.arange(first_group, first_group + self._groups, dtype=np.uint64)[None, :]
+        self._group = (np.arange(first_group, first_group + self._groups).astype(np.uint64) & LOW_32)[None, :]
         # Every intermediate stays in L2 this way.
         self._step = min(max(1, COUNTERS_AT_A_TIME // self._groups), rows)
         self._buffers = np.empty((5, self._step, self._groups), np.uint64)
@@ -91,7 +91,7 @@ def _philox_in_place(
 ) -> tuple[Words, ...]:
     """Philox4x32-10 of the counters (column group, row, 0, 0) in five buffers; the low 32 bits of each word count."""
     c0, c1, c2, c3, high = buffers
-    row: Words = np.arange(first_row, first_row + len(c0), dtype=np.uint64)[:, None]
+    row: Words = (np.arange(first_row, first_row + len(c0)).astype(np.uint64) & LOW_32)[:, None]
     # Of the words that three rounds yield, most depend on the row or on the group alone, and are vectors here: in full
     # are one word of round 2 and two of round 3.
     (row_key, group_key), (group_key_2, row_key_2), (k0, k1) = keys[:3]

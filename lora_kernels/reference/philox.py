@@ -78,7 +78,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, *, first_row: int
     zero = torch.zeros(1, 1, dtype=torch.int64, device=seed.device)
     key = (seed[:1] & LOW_32, (seed[:1] >> 32) & LOW_32)
     if seed.numel() > 1:
-        row, group = row + seed[1], group + seed[2] // COLUMNS_PER_COUNTER
+        row, group = (row + seed[1]) & LOW_32, (group + seed[2] // COLUMNS_PER_COUNTER) & LOW_32
 
     threshold = dropout_threshold(p)
     keep = torch.empty(rows, groups, COLUMNS_PER_COUNTER, dtype=torch.bool, device=seed.device)

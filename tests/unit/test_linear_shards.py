@@ -34,6 +34,16 @@ def test_the_mask_is_a_window_of_the_wholes(offset):
     assert torch.equal(keep_mask(seed, 4, 8, P, first_row=3, first_column=16), window[3:7, 16:24])
 
 
+@pytest.mark.parametrize("row", [2**32 - 4, 2**32 + 7, -1])
+def test_rows_wrap_alike(row):
+    # Counters are 32 bits wide, as in the kernels; a row in a tensor is not looked at, whatever it is.
+    masks = [keep_mask(torch.tensor([5]), 1, K, 0.5, first_row=(row + i) % 2**32) for i in range(10)]
+    options = {"dropout_p": 0.5, "dropout_seed": 5, "dropout_offset": (torch.tensor(row), 0)}
+    for backend in BACKENDS:
+        y = lora_linear(torch.ones(10, K), torch.zeros(K, K), torch.eye(K), torch.eye(K), **options, backend=backend)
+        assert torch.equal(y != 0, torch.cat(masks)), backend
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shards_of_the_batch_are_the_whole(backend):
     whole = make_linear_inputs(M, N, K, R, dtype=torch.float64, dropout_p=P, seed=4)
