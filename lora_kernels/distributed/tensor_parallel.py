@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from lora_kernels.distributed.dropout import BatchShard, check_apart, draw_seed, gather, require, same_seed
 from lora_kernels.errors import ArgumentError, UnsupportedError
+from lora_kernels.functional._checks import of_layer
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn import LoRALinear
 from lora_kernels.nn.adapter import AdapterSettings
@@ -142,12 +143,22 @@ class RowwiseLoRALinear(ShardedLoRALinear):
 
 
 def _local(parameter: Any) -> Any:
-    return None if parameter is None else parameter.to_local()
+    return None if parameter is None else _dtensor(parameter).to_local()
+
+
+def _dtensor(parameter: Any) -> Any:
+    if not isinstance(parameter, DTensor):
+        raise UnsupportedError(
+            f"parameters{of_layer()} must stay DTensors, this rank's parts; got a whole tensor of "
+            f"{list(parameter.shape)}. Load a state_dict by torch.distributed.checkpoint.state_dict."
+            "set_model_state_dict, and without assign=True."
+        )
+    return parameter
 
 
 def _summed_gradient(parameter: Any) -> Tensor:
     """A replicated parameter, whose gradient is the sum of what the ranks find."""
-    local: Tensor = parameter.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    local: Tensor = _dtensor(parameter).redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     return local
 
 

@@ -164,14 +164,14 @@ def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes firs
 def _refuse_sharded(name: str, tensor: Any) -> NoReturn:
     """For a DTensor: what a rank holds of it would fit together with nothing, or, worse, with another shard."""
     raise UnsupportedError(
-        f"{name}{_of_layer()} must be a whole tensor; got a DTensor of {_shape(tensor)} placed as "
+        f"{name}{of_layer()} must be a whole tensor; got a DTensor of {_shape(tensor)} placed as "
         f"{list(tensor.placements)}, of which this rank holds {_shape(tensor.to_local())}. Under fully_shard, call the "
         "module that was sharded, whose forward gathers its parameters, and shard no part of a LoRA layer by itself; "
         "for tensor parallel, give the layer LoRAColwiseParallel or LoRARowwiseParallel of lora_kernels.distributed."
     )
 
 
-def _of_layer() -> str:
+def of_layer() -> str:
     """The layer that is being called, by its name in the outermost module that is: a module does not know its own."""
     frame: FrameType | None = sys._getframe()
     called: list[nn.Module] = []

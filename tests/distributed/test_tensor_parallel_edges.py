@@ -151,6 +151,10 @@ def test_what_is_told_alike_on_every_rank(pool):
             "the dimension of the batch alone: shard_dropout(model, mesh['dp'])."
         )
     assert first["by name"] == "x must be passed by position to a sharded layer; got it by name. Call layer(x)."
+    assert first["assigned"] == (
+        "parameters of ColwiseLoRALinear '0' must stay DTensors, this rank's parts; got a whole tensor of [22, 64]. Load "
+        "a state_dict by torch.distributed.checkpoint.state_dict.set_model_state_dict, and without assign=True."
+    )
     for sharded_already in ("fully_shard first", "torch's style first"):
         assert first[sharded_already] == (
             "LoRARowwiseParallel must be given a LoRALinear over an nn.Linear that is not sharded yet; got one whose "
@@ -169,6 +173,9 @@ def run_refusals(rank, world_size):
         "dropout last": refusal(ArgumentError, lambda: shard_dropout(column, mesh["tp"])),
         "dropout of all": refusal(ArgumentError, lambda: shard_dropout(column)),
     }
+    model = nn.Sequential(column)
+    model.load_state_dict({f"0.{key}": value for key, value in new_layer("fp32").state_dict().items()}, assign=True)
+    told["assigned"] = refusal(UnsupportedError, lambda: model(x))
     layer = new_layer("fp32")
     shard_dropout(layer, mesh["tp"])
     told["dropout first"] = refusal(ArgumentError, lambda: parallelize_module(layer, mesh["tp"], LoRARowwiseParallel()))
