@@ -152,8 +152,8 @@ def test_what_is_told_alike_on_every_rank(pool):
         )
     assert first["by name"] == "x must be passed by position to a sharded layer; got it by name. Call layer(x)."
     assert first["assigned"] == (
-        "parameters of ColwiseLoRALinear '0' must stay DTensors, this rank's parts; got a whole tensor of [22, 64]. Load "
-        "a state_dict by torch.distributed.checkpoint.state_dict.set_model_state_dict, and without assign=True."
+        "parameters of ColwiseLoRALinear '0' must stay DTensors, this rank's parts; got a whole tensor of [22, 64]. "
+        "Load a state_dict by torch.distributed.checkpoint.state_dict.set_model_state_dict, and without assign=True."
     )
     for sharded_already in ("fully_shard first", "torch's style first"):
         assert first[sharded_already] == (
