@@ -22,7 +22,7 @@ from lora_kernels.adapters.inject import (
     check_not_wrapped,
     resolve_for,
 )
-from lora_kernels.adapters.ranks import mesh_of, unanimous
+from lora_kernels.adapters.ranks import in_parts, unanimous
 from lora_kernels.adapters.report import AdapterReport, report_on
 from lora_kernels.adapters.switch import check_layers_not_sharded, merge_lora, set_adapter
 from lora_kernels.adapters.tree import Place, lora_places, places
@@ -58,8 +58,9 @@ def load_lora(
     file's. Otherwise the adapter is added as `add_lora` would add it, with the config's dropout; a model that had none
     is frozen. A merged model is merged with what was loaded.
 
-    Into a model whose parameters are sharded, an adapter is loaded only where it has one of this name: all ranks have
-    to call this, each of them reads the files, and an error on one rank is raised on all, before anything is written.
+    Into a model with sharded parameters, all ranks of the default process group have to call this; each of them reads
+    the files, and an error on one rank is raised on all, before anything is written. Under FSDP the model must have an
+    adapter of this name; under tensor parallel a new one is sharded as the layer is.
 
     Args:
         model: the base model the adapter was trained on, with or without LoRA layers.
@@ -96,8 +97,7 @@ def load_lora(
         check_layers_not_sharded(model, "load_lora into a merged model", MERGE_ELSEWHERE)
     if owners:
         reshard(model)
-    mesh = mesh_of(parameter for layer in owners.values() for parameter in layer.parameters_of(adapter_name))
-    with unanimous(mesh), _opened(Path(directory)) as (config_path, config, weights):
+    with unanimous(in_parts(model)), _opened(Path(directory)) as (config_path, config, weights):
         stored = _stored(modules, config, weights, backend)
         if owners:
             check_not_wrapped(model, list(owners.values()), adapter_name)

@@ -1,54 +1,51 @@
-"""What all ranks of a sharded model do together, and how an error on one of them reaches the others."""
+"""What all ranks of a sharded model do together, and how an error on one of them reaches the others.
+
+All of them are those of the default process group, whatever the mesh that the adapter lies on: where each pair of ranks
+has a copy of it, all of them still write to one directory.
+"""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import distributed, nn
 
 from lora_kernels.nn.sharding import is_dtensor
 
 
-def mesh_of(tensors: Iterable[Tensor]) -> Any:
-    """The DeviceMesh, the largest, that DTensors among them lie on; None if there are none."""
-    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
-    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+def in_parts(model: nn.Module) -> bool:
+    """Whether a parameter of the model is a DTensor, which other ranks hold parts or copies of."""
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
-def writes(mesh: Any) -> bool:
-    """Whether this rank is the one that writes files; without a mesh, every process is on its own."""
-    return mesh is None or not any(mesh.get_coordinate())
+def writes(sharded: bool) -> bool:
+    """Whether this rank is the one that writes files; where nothing is sharded, every process is on its own."""
+    return not sharded or distributed.get_rank() == 0
 
 
 @contextmanager
-def unanimous(mesh: Any) -> Iterator[None]:
+def unanimous(sharded: bool) -> Iterator[None]:
     """What is raised inside on one rank is raised on all, once all have come to the end: none waits for another."""
-    if mesh is None:
+    if not sharded:
         yield
         return
     try:
         yield
     except BaseException as error:
-        _told(mesh, error)
+        _told(error)
         raise
-    if (other := _told(mesh, None)) is not None:
+    if (other := _told(None)) is not None:
         raise other
 
 
-def _told(mesh: Any, error: BaseException | None) -> Exception | None:
+def _told(error: BaseException | None) -> Exception | None:
     """The first error that a rank brings."""
-    from torch import distributed
-
-    found = None if error is None else _portable(error)
-    for dimension in range(mesh.ndim):
-        group = mesh.get_group(dimension)
-        answers: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(answers, found, group=group)
-        found = next((answer for answer in answers if answer is not None), None)
-    return found
+    answers: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(answers, None if error is None else _portable(error))
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _portable(error: BaseException) -> Exception:

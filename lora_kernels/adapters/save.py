@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import config as config_file, weights as weights_file
 from lora_kernels.adapters.config import describe
-from lora_kernels.adapters.ranks import mesh_of, unanimous, writes
+from lora_kernels.adapters.ranks import in_parts, unanimous, writes
 from lora_kernels.adapters.tree import adapter_names, lora_layers, lora_places, places
 from lora_kernels.adapters.weights import PARTS, key_of, write_weights
 from lora_kernels.errors import ArgumentError, DeviceError
@@ -36,9 +36,9 @@ def save_lora(
     place together: an interruption leaves the old pair, the new pair, or a directory that does not load; never one
     file of each.
 
-    Of a model whose parameters are sharded, the ranks gather the adapter together and the first one writes it: all of
-    them have to call this, it returns once the files are there, and an error on one rank is raised on all. Under
-    DistributedDataParallel every process has all of the adapter, and one of them has to call.
+    Of a model with sharded parameters, the ranks gather the adapter together and rank 0 writes it: all ranks of the
+    default process group have to call this, it returns once the files are there, and an error on one rank is raised on
+    all. Under DistributedDataParallel every process has all of the adapter, and one of them has to call.
 
     Args:
         model: with LoRA layers; what the keys call its modules is what `named_modules` does, without the wrappers of
@@ -93,11 +93,11 @@ def save_lora(
         base_model_name_or_path=None if base_model_name_or_path is None else os.fspath(base_model_name_or_path),
         task_type=task_type,
     )
-    mesh = mesh_of(parameters.values())
+    sharded = in_parts(model)
     # Copies: safetensors refuses one storage under two keys, which a module at two places has.
     tensors = {key: whole(parameter).to("cpu", copy=True).contiguous() for key, parameter in parameters.items()}
-    with unanimous(mesh):
-        if writes(mesh):
+    with unanimous(sharded):
+        if writes(sharded):
             _write_pair(Path(directory), json.dumps(config, indent=2, sort_keys=True), tensors)
 
 

@@ -46,7 +46,9 @@ def check_not_gathered(layer: nn.Module, call: str) -> None:
     Raises:
         UnsupportedError: FSDP has gathered them: they are copies.
     """
-    if is_sharded(layer) and not any(is_dtensor(parameter) for parameter in layer.parameters()):
+    own = getattr(layer, "mesh", None)  # in tensor parallel, what is gathered is a DTensor, too, but over this mesh
+    meshes = [p.device_mesh for p in layer.parameters() if is_dtensor(p)]  # type: ignore[attr-defined]
+    if is_sharded(layer) and all(mesh == own for mesh in meshes):
         raise UnsupportedError(
             f"{call} needs the parameters that FSDP keeps; got {_described(layer)}, which holds gathered copies of "
             f"them, as after a forward. Call {call} of the package on the whole model, or reshard() on its FSDP "

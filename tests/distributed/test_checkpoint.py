@@ -17,10 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lora_kernels import AdapterFileError, load_lora, save_lora
+from lora_kernels import AdapterFileError, ArgumentError, LoRALinear, load_lora, save_lora
 from lora_kernels.adapters import save as save_module
 from tests.distributed.test_fsdp import BF16_POLICY, shard
+from tests.distributed.test_tensor_parallel import tensor_parallel
 from tests.distributed.training import batch, losses, new_model, trainable
 
 ADAPTERS_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -137,6 +140,29 @@ def run_save_and_load(rank, world_size, directory, options):
     return adapters
 
 
+@pytest.mark.parametrize(("processes", "layout"), [(4, "tensor parallel in pairs"), (2, "FSDP without adapters")])
+def test_of_ranks_that_have_the_same_adapter_one_writes(pool, tmp_path, processes, layout):
+    save_lora(new_model(seed=3), tmp_path / "whole")
+    (tmp_path / "file").touch()
+    for written, told in pool.run(run_same_adapter, str(tmp_path), layout, processes=processes):
+        assert written == files_in(tmp_path / "whole")
+        assert told == f"directory must be a directory, or not exist yet; got the file {tmp_path}/file."
+
+
+def run_same_adapter(rank, world_size, directory, layout):
+    model = new_model(seed=3)
+    if layout == "FSDP without adapters":
+        fully_shard(model, ignored_params=set(trainable(model).values()))
+    else:
+        tensor_parallel(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "tp"))["tp"])
+    with mock.patch("lora_kernels.adapters.save._write_pair", wraps=save_module._write_pair) as written:
+        save_lora(model, Path(directory) / "adapter")
+    assert written.call_count == (rank == 0)
+    with pytest.raises(ArgumentError) as caught:
+        save_lora(model, Path(directory) / "file")
+    return files_in(Path(directory) / "adapter"), str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -186,3 +212,21 @@ def run_failing_load(rank, world_size, directory):
         load_lora(model, Path(directory) / str(rank))
     after = whole_adapters(model)
     return str(caught.value), [name for name, value in before.items() if not torch.equal(after[name], value)]
+
+
+def test_a_new_adapter_is_loaded_by_all_ranks_of_tensor_parallel_or_by_none(pool, tmp_path):
+    save_lora(new_model(seed=3), tmp_path / "whole")
+    for told in pool.run(run_new_adapter, str(tmp_path), processes=4):
+        assert told.startswith(f"{tmp_path}/missing: expected a directory with adapter_config.json")
+    assert files_in(tmp_path / "again") == files_in(tmp_path / "whole")
+
+
+def run_new_adapter(rank, world_size, directory):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "tp"))
+    model = tensor_parallel(new_model(), mesh["tp"])
+    with pytest.raises(AdapterFileError) as caught:
+        load_lora(model, Path(directory) / ("missing" if rank == 3 else "whole"), adapter_name="new")
+    assert not any("new" in layer.adapters for layer in model.modules() if isinstance(layer, LoRALinear))
+    load_lora(model, Path(directory) / "whole", adapter_name="new")
+    save_lora(model, Path(directory) / "again", adapter_name="new")
+    return str(caught.value)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 
 from lora_kernels import (
     LoRALinear,
@@ -22,6 +24,7 @@ from lora_kernels import (
     unload_lora,
     unmerge_lora,
 )
+from lora_kernels.distributed import LoRAColwiseParallel
 from tests.adapter_models import state_of
 from tests.distributed.test_fsdp import shard
 from tests.distributed.training import TARGETS, batch, new_model
@@ -100,19 +103,26 @@ def run_merged(rank, world_size):
     return told
 
 
-def test_a_gathered_copy_is_not_switched_loaded_or_saved_by_itself(pool, tmp_path):
+@pytest.mark.parametrize(("processes", "kind"), [(2, "LoRALinear"), (4, "ColwiseLoRALinear")])
+def test_a_gathered_copy_is_not_switched_loaded_or_saved_by_itself(pool, tmp_path, processes, kind):
     save_lora(nn.Sequential(LoRALinear(32, 32, r=4)), tmp_path)
-    for told in pool.run(run_gathered, str(tmp_path), processes=2):
+    for told in pool.run(run_gathered, str(tmp_path), processes=processes):
         assert [one.partition(",")[0] for one in told] == [
-            f"{call} needs the parameters that FSDP keeps; got LoRALinear(in_features=32"
+            f"{call} needs the parameters that FSDP keeps; got {kind}(in_features=32"
             for call in ("set_adapter", "save_lora", "load_lora")
         ]
 
 
 def run_gathered(rank, world_size, directory):
+    """On four ranks, FSDP over tensor parallel, where gathered copies are DTensors, too."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
     model = new_model()
     model.part = nn.Sequential(LoRALinear(32, 32, r=4))
-    shard(model)
+    if world_size == 4:
+        parallelize_module(model.part, mesh["tp"], {"0": LoRAColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    set_adapter(model.part, None)  # what FSDP keeps is switched
+    set_adapter(model.part, "default")
     with torch.no_grad():
         model(batch()[0])
     told = []
