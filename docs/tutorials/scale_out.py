@@ -92,14 +92,31 @@ def parallelise(model, mesh, args):
     return DistributedDataParallel(model) if args.parallel == "ddp" else model
 
 
+def processes_per_part(args, processes):
+    """How many processes share a part of the batch; what would train on another batch than one process is refused."""
+    cut = {"none": 1, "ddp": 1, "fsdp": 1, "tp": processes, "fsdp+tp": 2}[args.parallel]
+    if args.parallel == "none" and processes > 1:
+        raise SystemExit(f"--parallel none needs one process; got {processes}: each would train alone")
+    if args.bf16 and "fsdp" not in args.parallel:
+        raise SystemExit(f"--bf16 needs fsdp; got --parallel {args.parallel}")
+    if processes % cut:
+        raise SystemExit(f"--parallel fsdp+tp needs an even number of processes; got {processes}")
+    if BATCH % (processes // cut):
+        raise SystemExit(f"BATCH ({BATCH}) must be a multiple of the data-parallel ranks; got {processes // cut}")
+    if (WIDTH // HEAD) % cut:
+        raise SystemExit(f"the {WIDTH // HEAD} heads must be a multiple of the tensor-parallel ranks; got {cut}")
+    return cut
+
+
 def main(args):
     """Trains, saves a checkpoint and the adapter."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    cut = processes_per_part(args, processes)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group()  # NCCL for what lies on GPUs, gloo for what does not
-    first, processes = distributed.get_rank() == 0, distributed.get_world_size()
-    cut = {"none": 1, "ddp": 1, "fsdp": 1, "tp": processes, "fsdp+tp": 2}[args.parallel]  # processes that share a batch
+    first = distributed.get_rank() == 0
     mesh = init_device_mesh(device.type, (processes // cut, cut), mesh_dim_names=("dp", "tp"))
 
     model, report = new_model()

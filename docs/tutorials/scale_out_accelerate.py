@@ -15,6 +15,8 @@ from lora_kernels.distributed import shard_dropout
 def main(steps, out):
     """Trains and saves the adapter."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # which is what makes two processes on a CPU a group
+    if BATCH % accelerator.num_processes:
+        raise SystemExit(f"BATCH ({BATCH}) must be a multiple of the processes; got {accelerator.num_processes}")
     model, _ = new_model()
     accelerator.print(f"accelerate on {accelerator.num_processes} x {accelerator.device.type}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -41,7 +41,7 @@ class _Worker(NamedTuple):
 
 
 class Pool:
-    """Up to `size` ranks. After a rank has died or hung, all of them are started anew at the next run."""
+    """Up to `size` ranks. Once one has died, hung or not joined its group, all are started anew at the next run."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -154,12 +154,16 @@ def _serve(rank: int, jobs: Connection, log: str) -> None:
 
 
 def _answer(rank: int, job: bytes) -> tuple[bool, Any]:
-    """(True, the result) or (False, the traceback)."""
+    """(True, the result) or (False, the traceback).
+
+    What fails before the function runs ends this process, and so the pool starts all of them anew: torch counts the
+    groups that a process has made, and with another count than its peers' it would wait for them in vain.
+    """
+    function, args, world_size, store, timeout = pickle.loads(job)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+    )
     try:
-        function, args, world_size, store, timeout = pickle.loads(job)
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
-        )
         try:
             torch.manual_seed(0)
             with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -30,6 +31,18 @@ def fail(rank, world_size, how):
     distributed.barrier()
 
 
+def fail_to_join_next_time(rank, world_size):
+    join = distributed.init_process_group
+
+    def once(*args, **options):
+        distributed.init_process_group = join
+        if rank == 1:
+            raise OSError("no store at hand")
+        join(*args, **options | {"timeout": timedelta(seconds=0.1)})  # in vain; it gives up before the pool does
+
+    distributed.init_process_group = once
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_rank_answers_in_order(pool, processes):
     drawn = torch.rand((), generator=torch.Generator().manual_seed(0)).item()
@@ -52,3 +65,10 @@ def test_a_rank_that_fails_is_told_about_and_the_next_run_works(pool, how, told)
     with pytest.raises(RankError, match=told):
         pool.run(fail, how, processes=2, timeout=1)
     assert [answer[2] for answer in pool.run(total, 0, processes=2)] == [1, 1]
+
+
+def test_after_a_rank_did_not_join_its_group_the_next_run_works(pool):
+    pool.run(fail_to_join_next_time, processes=2)
+    with pytest.raises(RankError, match=r"rank 1 died with exit code 1:\n(.*\n)+OSError: no store at hand"):
+        pool.run(total, 0, processes=2)
+    assert [answer[2] for answer in pool.run(total, 0, processes=2, timeout=30)] == [1, 1]

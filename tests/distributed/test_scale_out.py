@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -100,4 +101,23 @@ def test_accelerate_trains_as_one_process_does(one_process, tmp_path):
 
 def test_the_readme_has_a_command_that_is_tested():
     commands = COMMAND.findall((ROOT / "README.md").read_text("utf-8"))
-    assert set(commands) <= {command("fsdp")}
+    assert set(commands) == {command("fsdp")}
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments", "told"),
+    [
+        (2, "", "--parallel none needs one process; got 2"),
+        (2, "--parallel ddp --bf16", "--bf16 needs fsdp; got --parallel ddp"),
+        (3, "--parallel fsdp+tp", "needs an even number of processes; got 3"),
+        (3, "--parallel ddp", r"BATCH \(16\) must be a multiple of the data-parallel ranks; got 3"),
+        (6, "--parallel fsdp+tp", r"BATCH \(16\) must be a multiple of the data-parallel ranks; got 3"),
+        (8, "--parallel tp", "the 4 heads must be a multiple of the tensor-parallel ranks; got 8"),
+    ],
+)
+def test_what_would_not_train_as_one_process_is_refused_before_anything_waits(processes, arguments, told, monkeypatch):
+    script = str(TUTORIAL.with_suffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, *arguments.split()])
+    monkeypatch.setenv("WORLD_SIZE", str(processes))  # and no rank, so that it can join no group
+    with pytest.raises(SystemExit, match=told):
+        runpy.run_path(script, run_name="__main__")
