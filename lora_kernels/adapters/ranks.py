@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import distributed, nn
@@ -21,9 +22,17 @@ def in_parts(model: nn.Module) -> bool:
     return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
-def writes(sharded: bool) -> bool:
-    """Whether this rank is the one that writes files; where nothing is sharded, every process is on its own."""
-    return not sharded or distributed.get_rank() == 0
+def writes(sharded: bool, directory: Path) -> bool:
+    """Whether this rank writes a directory's files: the first of those that name it; pipeline stages may differ.
+
+    Where nothing is sharded, every process is on its own.
+    """
+    if not sharded:
+        return True
+    mine = str(directory.absolute())
+    everyones: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyones, mine)
+    return everyones.index(mine) == distributed.get_rank()
 
 
 @contextmanager

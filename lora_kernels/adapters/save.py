@@ -36,9 +36,10 @@ def save_lora(
     place together: an interruption leaves the old pair, the new pair, or a directory that does not load; never one
     file of each.
 
-    Of a model with sharded parameters, the ranks gather the adapter together and rank 0 writes it: all ranks of the
-    default process group have to call this, it returns once the files are there, and an error on one rank is raised on
-    all. Under DistributedDataParallel every process has all of the adapter, and one of them has to call.
+    Of a model with sharded parameters, the ranks gather the adapter together and the first one writes it: all ranks of
+    the default process group have to call this, it returns once the files are there, and an error on one rank is raised
+    on all. (Ranks that name another directory, as pipeline stages may, have a first one of their own.) Under
+    DistributedDataParallel every process has all of the adapter, and one of them has to call.
 
     Args:
         model: with LoRA layers; what the keys call its modules is what `named_modules` does, without the wrappers of
@@ -96,8 +97,9 @@ def save_lora(
     sharded = in_parts(model)
     # Copies: safetensors refuses one storage under two keys, which a module at two places has.
     tensors = {key: whole(parameter).to("cpu", copy=True).contiguous() for key, parameter in parameters.items()}
+    first = writes(sharded, Path(directory))
     with unanimous(sharded):
-        if writes(sharded):
+        if first:
             _write_pair(Path(directory), json.dumps(config, indent=2, sort_keys=True), tensors)
 
 

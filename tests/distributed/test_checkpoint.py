@@ -163,6 +163,21 @@ def run_same_adapter(rank, world_size, directory, layout):
     return files_in(Path(directory) / "adapter"), str(caught.value)
 
 
+def test_each_stage_of_a_pipeline_writes_its_own_directory(pool, tmp_path):
+    save_lora(new_model(seed=3), tmp_path / "whole")
+    assert sum(pool.run(run_stages, str(tmp_path), processes=4)) == 2
+    for stage in range(2):
+        assert files_in(tmp_path / f"stage-{stage}") == files_in(tmp_path / "whole")
+
+
+def run_stages(rank, world_size, directory):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    model = fully_shard(new_model(seed=3), mesh=mesh["dp"])
+    with mock.patch("lora_kernels.adapters.save._write_pair", wraps=save_module._write_pair) as written:
+        save_lora(model, Path(directory) / f"stage-{mesh['pp'].get_local_rank()}")
+    return written.call_count
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [

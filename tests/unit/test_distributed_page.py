@@ -37,4 +37,4 @@ def test_the_page_quotes_the_code(quote):
 
 
 def test_there_are_quotes():
-    assert len(QUOTES) == 9
+    assert len(QUOTES) == 12
