@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lora_kernels.errors import ArgumentError
+from lora_kernels.functional._checks import draw_seed
 from lora_kernels.nn import LoRALinear
 
 _TOLD = (
@@ -21,11 +22,6 @@ _TOLD = (
     "torch.manual_seed with the same seed on all of them before training, and draw random numbers alike on all of them "
     "afterwards."
 )
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """[1] int64 from torch's generator for `device`, as `lora_linear` draws it."""
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
 def gather(mesh: DeviceMesh, drawn: Tensor) -> Tensor:

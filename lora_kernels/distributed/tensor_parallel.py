@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.nn import functional as F
 
-from lora_kernels.distributed.dropout import BatchShard, check_apart, draw_seed, gather, require, same_seed
+from lora_kernels.distributed.dropout import BatchShard, check_apart, gather, require, same_seed
 from lora_kernels.errors import ArgumentError, UnsupportedError
-from lora_kernels.functional._checks import of_layer
+from lora_kernels.functional._checks import draw_seed, of_layer
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn import LoRALinear
 from lora_kernels.nn.adapter import AdapterSettings
@@ -174,7 +174,7 @@ class _LoRAParallel(ParallelStyle):
 
     _layer: ClassVar[type[ShardedLoRALinear]]
     _stock: ClassVar[type[ColwiseParallel] | type[RowwiseParallel]]
-    _computes: ClassVar[tuple[Placement, Placement]]  # what its layers take and give
+    _takes: ClassVar[Placement]  # of the x that its layers compute with
     _layouts: ClassVar[tuple[Placement, Placement]]  # what the modules around them have, unless told
 
     def __init__(
@@ -243,7 +243,7 @@ class _LoRAParallel(ParallelStyle):
                 f"x must be a tensor, or a DTensor on the mesh that the layer is sharded over, {mesh}; got one on "
                 f"{x.device_mesh}. Pass its local tensor: x.to_local()."
             )
-        return x.redistribute(placements=[self._computes[0]])
+        return x.redistribute(placements=[self._takes])
 
     def _give(self, _layer: nn.Module, y: DTensor, _mesh: DeviceMesh) -> Any:
         y = y.redistribute(placements=[self.output_layouts])
@@ -292,7 +292,8 @@ class LoRAColwiseParallel(_LoRAParallel):
     """
 
     _layer, _stock = ColwiseLoRALinear, ColwiseParallel
-    _computes = _layouts = (Replicate(), Shard(-1))
+    _takes: ClassVar[Placement] = Replicate()
+    _layouts: ClassVar[tuple[Placement, Placement]] = (Replicate(), Shard(-1))
 
 
 class LoRARowwiseParallel(_LoRAParallel):
@@ -324,5 +325,5 @@ class LoRARowwiseParallel(_LoRAParallel):
     """
 
     _layer, _stock = RowwiseLoRALinear, RowwiseParallel
-    _computes: ClassVar[tuple[Placement, Placement]] = (Shard(-1), Partial())
+    _takes: ClassVar[Placement] = Shard(-1)
     _layouts: ClassVar[tuple[Placement, Placement]] = (Shard(-1), Replicate())

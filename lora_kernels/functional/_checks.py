@@ -318,10 +318,15 @@ def _check_offset(offset: Any, device: torch.device) -> None:
         )
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """[1] int64 from torch's generator for `device`, which manual_seed governs."""
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+
+
 def seed_tensor(dropout_seed: int | Tensor | None, dropout_offset: Offset, device: torch.device) -> Tensor:
-    """[1] int64 on `device`: what was passed, or a draw from torch's generator; [3] where x is a shard."""
+    """[1] int64 on `device`: what was passed, or a draw; [3] where x is a shard."""
     if dropout_seed is None:
-        key = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+        key = draw_seed(device)
     elif isinstance(dropout_seed, Tensor):
         key = dropout_seed.reshape(1)
     else:

@@ -86,6 +86,18 @@ def test_a_nested_tensor_is_refused_by_name():
         model[0](torch.nested.nested_tensor([torch.randn(2, 16), torch.randn(3, 16)], layout=torch.jagged))
 
 
+def interrupt_after(renames, monkeypatch):
+    replace, done = os.replace, []
+
+    def interrupted(source, target):
+        replace(source, target)
+        done.append(target)
+        if len(done) == renames:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+
+
 @pytest.mark.parametrize("renames", [1, 2, 3, 4])
 def test_a_save_interrupted_after_a_rename_keeps_the_old_adapter(tmp_path, monkeypatch, renames):
     model = adapted("default")
@@ -93,15 +105,7 @@ def test_a_save_interrupted_after_a_rename_keeps_the_old_adapter(tmp_path, monke
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
         model[0].lora_A.add_(1)
-    replace, done = os.replace, []
-
-    def interrupted(source, target):
-        replace(source, target)
-        done.append(target)
-        if len(done) == renames:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    interrupt_after(renames, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         save_lora(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
@@ -109,15 +113,7 @@ def test_a_save_interrupted_after_a_rename_keeps_the_old_adapter(tmp_path, monke
 
 @pytest.mark.parametrize("renames", [1, 2])
 def test_a_first_save_interrupted_after_a_rename_leaves_nothing(tmp_path, monkeypatch, renames):
-    replace, done = os.replace, []
-
-    def interrupted(source, target):
-        replace(source, target)
-        done.append(target)
-        if len(done) == renames:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    interrupt_after(renames, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         save_lora(adapted("default"), tmp_path)
     assert list(tmp_path.iterdir()) == []
