@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import platform
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch._inductor.config
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lora_kernels.benchmarking.records import Environment
 from lora_kernels.distributed import shard_dropout
 from lora_kernels.testing import budget_rows
 from tests.distributed.test_fsdp import shard
@@ -124,8 +124,7 @@ def line(cells) -> str:
 
 def table_of(shares: dict[tuple[Stack, str], float]) -> str:
     rows = [line([*stack.label, *(f"{shares[stack, how]:.2f}" for how in HOW)]) for stack in STACKS]
-    made = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, gloo"
-    return f"Made with {made}.\n\n{line(HEADER)}{line(['---'] * len(HEADER))}{''.join(rows)}"
+    return f"{Environment.current(torch.device('cpu')).line} · gloo\n\n{line(HEADER)}{line(['---'] * len(HEADER))}{''.join(rows)}"
 
 
 def test_the_table_in_the_document_is_of_this_matrix(shares, request):
