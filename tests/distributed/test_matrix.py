@@ -124,7 +124,8 @@ def line(cells) -> str:
 
 def table_of(shares: dict[tuple[Stack, str], float]) -> str:
     rows = [line([*stack.label, *(f"{shares[stack, how]:.2f}" for how in HOW)]) for stack in STACKS]
-    return f"{Environment.current(torch.device('cpu')).line} · gloo\n\n{line(HEADER)}{line(['---'] * len(HEADER))}{''.join(rows)}"
+    where = Environment.current(torch.device("cpu")).line
+    return f"{where} · gloo\n\n{line(HEADER)}{line(['---'] * len(HEADER))}{''.join(rows)}"
 
 
 def test_the_table_in_the_document_is_of_this_matrix(shares, request):
