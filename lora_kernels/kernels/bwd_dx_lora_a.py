@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import expand_dot, keep_tile, load_seed, low_rank_dot
-from lora_kernels.kernels.launch import has_offset, launch
+from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -100,11 +100,10 @@ def bwd_dx_lora_a(
 ) -> tuple[Tensor, Tensor | None]:
     """(dx0 [M, K] in dx_dtype, which is x's; d_lora_A [R, K] in dyb's dtype, the adapters'); x None: no d_lora_A."""
     (m, r), k = dyb.shape, lora_A.shape[1]
-    rows_per_split = triton.cdiv(triton.cdiv(m, splits), tile.block_m) * tile.block_m
-    splits = triton.cdiv(m, rows_per_split)
+    rows_per_split, splits = split_in_blocks(m, splits, tile.block_m)
     dx = torch.empty((m, k), dtype=dx_dtype, device=dyb.device)
     partials = None if x is None else torch.empty((splits, r, k), dtype=torch.float32, device=dyb.device)
-    grid = (triton.cdiv(k, tile.block_k), splits, triton.cdiv(r, tile.block_r))
+    grid = (ceil_div(k, tile.block_k), splits, ceil_div(r, tile.block_r))
     launch(
         bwd_dx_lora_a_kernel, grid,
         x, dyb, lora_A, seed, dx, partials,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot
-from lora_kernels.kernels.launch import has_offset, launch
+from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -60,10 +60,9 @@ def bwd_lora_a(
 ) -> Tensor:
     """d_lora_A [R, K] in dyb's dtype, which is the adapters'."""
     (m, k), r = x.shape, dyb.shape[1]
-    rows_per_split = triton.cdiv(triton.cdiv(m, splits), tile.block_m) * tile.block_m
-    splits = triton.cdiv(m, rows_per_split)
+    rows_per_split, splits = split_in_blocks(m, splits, tile.block_m)
     partials = torch.empty((splits, r, k), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(k, tile.block_k), splits, triton.cdiv(r, tile.block_r))
+    grid = (ceil_div(k, tile.block_k), splits, ceil_div(r, tile.block_r))
     launch(
         bwd_lora_a_kernel, grid,
         x, dyb, seed, partials,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import kahan_add, low_rank_dot
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.launch import ceil_div, launch, split_in_blocks
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -93,9 +93,8 @@ def bwd_lora_b(
 ) -> LoRABGradients:
     """dyb [M, R] and d_lora_B [N, R] in lora_B's dtype, d_bias [N] in bias_dtype; xa None: no d_lora_B."""
     (m, n), r = dy.shape, lora_B.shape[1]
-    rows_per_split = triton.cdiv(triton.cdiv(m, splits), tile.block_m) * tile.block_m
-    splits = triton.cdiv(m, rows_per_split)
-    columns = triton.cdiv(n, tile.block_n)
+    rows_per_split, splits = split_in_blocks(m, splits, tile.block_m)
+    columns = ceil_div(n, tile.block_n)
 
     def shares(count: int, *shape: int) -> Tensor:
         return torch.empty((count, *shape), dtype=torch.float32, device=dy.device)
@@ -103,7 +102,7 @@ def bwd_lora_b(
     dyb = shares(columns, m, r) if needs_dyb else None
     d_lora_B = shares(splits, n, r) if xa is not None else None
     d_bias = shares(splits, n) if bias_dtype is not None else None
-    grid = (columns, splits, triton.cdiv(r, tile.block_r))
+    grid = (columns, splits, ceil_div(r, tile.block_r))
     launch(
         bwd_lora_b_kernel, grid,
         dy, lora_B, xa, dyb, d_lora_B, d_bias,

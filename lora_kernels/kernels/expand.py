@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import expand_into
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.launch import ceil_div, launch
 from lora_kernels.planning.tiles import Tile
 
 
@@ -52,7 +52,7 @@ def expand(*, base: Tensor | None, s: Tensor, e: Tensor, out_dtype: torch.dtype,
     """base [M, N] + s [M, R] @ e [R, N], or the product alone, contiguous in out_dtype; s has unit stride along R."""
     (m, r), n = s.shape, e.shape[1]
     out = torch.empty((m, n), dtype=out_dtype, device=s.device)
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    grid = (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n),)
     launch(
         expand_kernel, grid,
         base, s, e, out,

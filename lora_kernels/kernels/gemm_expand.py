@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import expand_into, grouped_tile, load_seed
-from lora_kernels.kernels.launch import has_offset, launch
+from lora_kernels.kernels.launch import ceil_div, has_offset, launch
 from lora_kernels.planning.tiles import Tile
 
 
@@ -76,7 +76,7 @@ def gemm_expand(
     """lhs [M, K] @ rhs [K, N] + bias [N] + mask * (s [M, R] @ e [R, N]) in lhs's dtype; bias has unit stride."""
     (m, k), n = lhs.shape, rhs.shape[1]
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    grid = (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n),)
     launch(
         gemm_expand_kernel, grid,
         lhs, rhs, s, e, bias, seed, out,

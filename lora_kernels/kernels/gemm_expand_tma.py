@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels.device import expand_into, grouped_tile, load_seed
-from lora_kernels.kernels.launch import has_offset, launch
+from lora_kernels.kernels.launch import ceil_div, has_offset, launch
 from lora_kernels.planning.tiles import Tile
 
 ALIGNMENT_BYTES = 16
@@ -105,7 +105,7 @@ def gemm_expand_tma(
     (m, k), n = lhs.shape, weight.shape[0 if transpose_weight else 1]
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
     weight_block = [tile.block_n, tile.block_k] if transpose_weight else [tile.block_k, tile.block_n]
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    grid = (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n),)
     launch(
         gemm_expand_tma_kernel, grid,
         TensorDescriptor.from_tensor(lhs, [tile.block_m, tile.block_k]),

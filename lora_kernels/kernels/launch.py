@@ -3,12 +3,17 @@
 `kernel[grid](...)` binds, types and specialises every argument at every call, which takes longer than many a kernel
 runs. Which binary serves is decided by less: dtype and 16-byte alignment of each tensor, block shape of each
 descriptor, the integers that the kernel specialises on, the constexprs, the options and the device. Integers count with
-their exact value, which is finer than Triton's classes (1, multiple of 16, 64-bit) and cheaper than finding them.
+their exact value, which is finer than Triton's classes (1, multiple of 16, 64-bit) and cheaper than finding them. Where
+tensors and integers stand among the arguments is found once for each sequence of types, so that the rest is picked out
+without asking each argument what it is.
 
 What Triton's settings (`triton.knobs`) were when a binary was first made is what its later launches get.
 """
 
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +28,16 @@ HIP = torch.version.hip is not None
 MOST_BINARIES = 8192
 """Entries, not binaries: a stream of ever new sizes ends in an emptied table, and no binary is made twice for it."""
 
+
+class _Observer(threading.local):
+    """Who is told of this thread's launches: a recorder (`replay`), or nobody."""
+
+    launched: Callable[["Launch"], None] | None = None
+
+
+observer = _Observer()
 _compiled: dict[tuple[Any, ...], Any] = {}
-_specialised: dict[int, tuple[bool, ...]] = {}
+_picks: dict[tuple[Any, ...], "_Pick"] = {}
 
 
 def launch(
@@ -47,33 +60,62 @@ def launch(
         launch_pdl: whether it may start before the kernel ahead of it has ended (sm_90 and later).
         constexprs: the constexpr parameters, by name, in the kernel's order.
     """
-    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
-    if launch_pdl:  # AMD's compiler does not know the option
-        options["launch_pdl"] = True
     if is_interpreting():
-        kernel[grid](*args, **constexprs, **options)
+        kernel[grid](*args, **constexprs)
         return
-    identity = id(kernel)  # kernels live as long as their module; hashing one takes Triton half a microsecond
-    specialised = _specialised.get(identity)
-    if specialised is None:
+    # Kernels live as long as their module, so that an id names one; hashing a kernel takes Triton half a microsecond.
+    kinds = (id(kernel), *map(type, args))
+    pick = _picks.get(kinds)
+    if pick is None:
         names = tuple(kernel.arg_names[len(args) :])
         assert names == tuple(constexprs), f"constexprs of {kernel} must be {names}, in this order"
-        specialised = _specialised[identity] = tuple(not p.do_not_specialize for p in kernel.params[: len(args)])
+        pick = _picks[kinds] = _Pick.of(kernel, args)
     device = torch.cuda.current_device()
     values = tuple(constexprs.values())
-    key = (identity, device, *map(_trait, args, specialised), values, num_warps, num_stages, launch_pdl)
+    key = (kinds, device, values, num_warps, num_stages, launch_pdl, *pick.traits(args))
     compiled = _compiled.get(key)
+    launched = Launch(compiled, (*grid, 1, 1)[:3], (*args, *values))
     if compiled is None:
         if len(_compiled) >= MOST_BINARIES:
             _compiled.clear()
-        _compiled[key] = kernel[grid](*args, **constexprs, **options)
-        return
-    x, y, z = (*grid, 1, 1)[:3]
-    if not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls):
-        stream = driver.active.get_current_stream(device)
-        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values)
-    else:  # a profiler listens
-        compiled[x, y, z](*args, *values)
+        pdl = {"launch_pdl": True} if launch_pdl else {}  # AMD's compiler does not know the option
+        compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, **pdl)
+        _compiled[key] = compiled
+    elif is_profiled():
+        compiled[launched.grid](*launched.args)
+    else:
+        launched.run(driver.active.get_current_stream(device), launched.args)
+    if observer.launched is not None:
+        observer.launched(launched._replace(compiled=compiled))
+
+
+class Launch(NamedTuple):
+    """What was launched: the binary, three sizes of its grid, and the arguments with the constexprs behind them."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    args: Sequence[Any]
+
+    def run(self, stream: int, args: Sequence[Any]) -> None:
+        """The same launch with these arguments in the places of its own."""
+        kernel = self.compiled
+        kernel.run(*self.grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *args)
+
+
+def is_profiled() -> bool:
+    """Whether a profiler wants to hear of each launch from Triton."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+
+
+def ceil_div(size: int, block: int) -> int:
+    """Blocks that cover `size`. Not `triton.cdiv`, which is made for kernels, too: 2 us a call (`bench.choices`)."""
+    return -(-size // block)
+
+
+def split_in_blocks(size: int, splits: int, block: int) -> tuple[int, int]:
+    """(elements of each split but the last, a multiple of `block`; how many splits that makes, at most `splits`)."""
+    each = ceil_div(ceil_div(size, splits), block) * block
+    return each, ceil_div(size, each)
 
 
 def has_offset(seed: Tensor | None) -> bool:
@@ -81,15 +123,42 @@ def has_offset(seed: Tensor | None) -> bool:
     return seed is not None and seed.numel() > 1
 
 
-def _trait(arg: Any, specialised: bool) -> Any:
-    """What of an argument decides which binary serves."""
-    kind = type(arg)
-    if kind is int:
-        return arg if specialised else -INT32 <= arg < INT32
-    if kind.__name__ == "TensorDescriptor":  # Triton's or Gluon's, whose layout here follows from these
-        return (kind, arg.base.dtype, *arg.block_shape)
-    if isinstance(arg, Tensor):
-        aligned = arg.data_ptr() % ALIGNMENT == 0
-        # AMD's backend also compiles for what 32-bit offsets reach.
-        return (arg.dtype, aligned, arg.untyped_storage().nbytes() < INT32) if HIP else (arg.dtype, aligned)
-    return kind
+class _Pick(NamedTuple):
+    """Where, among arguments of one sequence of types, those stand that decide which binary serves."""
+
+    tensors: tuple[int, ...]
+    descriptors: tuple[int, ...]
+    exact: Callable[[tuple[Any, ...]], Any] | None
+    """Integers that the kernel specialises on."""
+    wide: tuple[int, ...]
+    """Integers of which only the width counts."""
+
+    @staticmethod
+    def of(kernel: Any, args: tuple[Any, ...]) -> "_Pick":
+        described = [type(arg).__name__ == "TensorDescriptor" for arg in args]  # Triton's or Gluon's
+        specialised = [not parameter.do_not_specialize for parameter in kernel.params[: len(args)]]
+        exact = [i for i, arg in enumerate(args) if type(arg) is int and specialised[i]]
+        return _Pick(
+            tensors=tuple(i for i, arg in enumerate(args) if isinstance(arg, Tensor)),
+            descriptors=tuple(i for i, is_one in enumerate(described) if is_one),
+            exact=itemgetter(*exact) if exact else None,
+            wide=tuple(i for i, arg in enumerate(args) if type(arg) is int and not specialised[i]),
+        )
+
+    def traits(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What of the arguments decides, besides their types."""
+        tensors = [args[i] for i in self.tensors]
+        addresses = 0
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        return (
+            self.exact and self.exact(args),
+            *[-INT32 <= args[i] < INT32 for i in self.wide],
+            *[tensor.dtype for tensor in tensors],
+            # Nearly always all are aligned.
+            addresses % ALIGNMENT == 0 or tuple([tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors]),
+            # A descriptor's layout follows from these, here.
+            *[(args[i].base.dtype, *args[i].block_shape) for i in self.descriptors],
+            # AMD's backend also compiles for what 32-bit offsets reach.
+            *([tensor.untyped_storage().nbytes() < INT32 for tensor in tensors] if HIP else ()),
+        )

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.device import expand_dot, grouped_tile, kahan_add, keep_tile, load_seed, low_rank_dot
-from lora_kernels.kernels.launch import has_offset, launch
+from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
 from lora_kernels.planning.tiles import Tile
 
 
@@ -161,8 +161,7 @@ def one_pass(
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, xa [M, R] in lora_A's dtype); block_r of both tiles covers the whole rank."""
     (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
-    k_per_split = triton.cdiv(triton.cdiv(k, splits), tile.block_k) * tile.block_k
-    splits = triton.cdiv(k, k_per_split)
+    k_per_split, splits = split_in_blocks(k, splits, tile.block_k)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     xa = torch.empty((m, r), dtype=lora_A.dtype, device=x.device)
     y_target, xa_target = y, xa
@@ -170,7 +169,7 @@ def one_pass(
         y_target, xa_target = (
             torch.empty((splits, m, width), dtype=torch.float32, device=x.device) for width in (n, r)
         )
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)
+    grid = (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n), splits)
     launch(
         one_pass_kernel, grid,
         x, weight, lora_A, lora_B, bias, seed, y_target, xa_target,
@@ -183,7 +182,7 @@ def one_pass(
     )  # fmt: skip
     if splits > 1:
         launch(
-            one_pass_sum_kernel, (triton.cdiv(m, sum_tile.block_m), triton.cdiv(n, sum_tile.block_n)),
+            one_pass_sum_kernel, (ceil_div(m, sum_tile.block_m), ceil_div(n, sum_tile.block_n)),
             y_target, xa_target, lora_B, bias, y, xa,
             m, n, r, splits, scale,
             *lora_B.stride(),

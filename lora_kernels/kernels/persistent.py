@@ -31,7 +31,7 @@ from torch import Tensor
 from lora_kernels.kernels.device import grouped_tile
 from lora_kernels.kernels.gemm_expand_tma import ALIGNMENT_BYTES, tma_serves
 from lora_kernels.kernels.interpreter import is_interpreting
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.launch import ceil_div, launch
 from lora_kernels.planning.tiles import Tile
 
 MISSING = ""
@@ -290,7 +290,7 @@ def persistent(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     lhs_block = [tile.block_m, tile.block_k]
     rhs_block = [tile.block_n, tile.block_k] if transpose_weight else [tile.block_k, tile.block_n]
-    grid = (min(sm_count, triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)),)
+    grid = (min(sm_count, ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)),)
     launch(
         persistent_kernel, grid,
         TensorDescriptor.from_tensor(lhs, lhs_block, layout),

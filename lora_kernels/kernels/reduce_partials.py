@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from lora_kernels.kernels.device import kahan_add
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.launch import ceil_div, launch
 
 BLOCK = 1024
 
@@ -39,7 +39,7 @@ def reduce_partials_kernel(
 def reduce_partials(*, partials: Tensor, scale: float, out: Tensor, launches_dependents: bool = False) -> None:
     """Writes scale * partials.sum(0) into the contiguous tensor `out` of shape partials.shape[1:]."""
     elements = out.numel()
-    grid = (triton.cdiv(elements, BLOCK),)
+    grid = (ceil_div(elements, BLOCK),)
     launch(
         reduce_partials_kernel, grid,
         partials, out, partials.shape[0], elements, scale,

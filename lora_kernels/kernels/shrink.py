@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot
-from lora_kernels.kernels.launch import has_offset, launch
+from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
 from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
@@ -81,11 +81,10 @@ def shrink(
 ) -> Tensor:
     """scale * (mask * x) @ lora_A.T as a contiguous [M, R] tensor in lora_A's dtype."""
     (m, k), r = x.shape, lora_A.shape[0]
-    k_per_split = triton.cdiv(triton.cdiv(k, splits), tile.block_k) * tile.block_k
-    splits = triton.cdiv(k, k_per_split)
+    k_per_split, splits = split_in_blocks(k, splits, tile.block_k)
     out = torch.empty((m, r), dtype=lora_A.dtype, device=x.device)
     target = out if splits == 1 else torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(m, tile.block_m), triton.cdiv(r, tile.block_r), splits)
+    grid = (ceil_div(m, tile.block_m), ceil_div(r, tile.block_r), splits)
     launch(
         shrink_kernel, grid,
         x, lora_A, seed, target,

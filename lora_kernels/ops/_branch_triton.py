@@ -9,12 +9,15 @@ Imports `kernels`, hence triton; itself imported only inside the implementations
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
 from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
 from lora_kernels.kernels.expand import expand
+from lora_kernels.kernels.replay import replayed
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.ops._needs import BranchNeeds
@@ -37,17 +40,30 @@ def forward(
     plan: BranchPlan,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N] in base_out's dtype, xa [M, R] in lora_A's with alpha inside) for x [M, K], M >= 1."""
-    x_side, out_side = _sides(plan)
-    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
+    factors = threshold_and_scale(seed, scaling, dropout_p)
     with launch_scope(x):
-        xa = shrink(
-            x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=x_side.xa_splits,
-            precision=x_side.precision, tile=x_side.tile("shrink"),
-        )  # fmt: skip
-        y = expand(
-            base=base_out, s=xa, e=lora_B.T, out_dtype=base_out.dtype, precision=out_side.precision,
-            tile=out_side.tile("expand"),
-        )  # fmt: skip
+        return cast(tuple[Tensor, Tensor], replayed(_forward, (base_out, x, lora_A, lora_B, seed), factors, plan))
+
+
+def _forward(
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+    plan: BranchPlan,
+) -> tuple[Tensor, Tensor]:
+    x_side, out_side = _sides(plan)
+    xa = shrink(
+        x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=x_side.xa_splits,
+        precision=x_side.precision, tile=x_side.tile("shrink"),
+    )  # fmt: skip
+    y = expand(
+        base=base_out, s=xa, e=lora_B.T, out_dtype=base_out.dtype, precision=out_side.precision,
+        tile=out_side.tile("expand"),
+    )  # fmt: skip
     return y, xa
 
 
@@ -65,28 +81,44 @@ def backward(
     plan: BranchPlan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, lora_A, lora_B; None where not needed. What a needed one reads is there; M >= 1."""
-    x_side, out_side = _sides(plan)
-    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
-    dx = d_lora_A = None
+    factors = threshold_and_scale(seed, scaling, dropout_p)
     with launch_scope(dy):
-        dyb, d_lora_B, _ = from_dy(
-            dy, lora_B, xa if needs.lora_B else None, None, scale, out_side, needs_dyb=needs.x or needs.lora_A
+        return replayed(_backward, (dy, x, lora_A, lora_B, xa, seed), (*factors, x_dtype, needs), plan)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+    x_dtype: torch.dtype,
+    needs: BranchNeeds,
+    plan: BranchPlan,
+) -> tuple[Tensor | None, ...]:
+    x_side, out_side = _sides(plan)
+    dx = d_lora_A = None
+    dyb, d_lora_B, _ = from_dy(
+        dy, lora_B, xa if needs.lora_B else None, None, scale, out_side, needs_dyb=needs.x or needs.lora_A
+    )
+    if needs.x and seed is not None:
+        assert dyb is not None
+        dx, d_lora_A = bwd_dx_lora_a(
+            x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold, dx_dtype=x_dtype,
+            splits=x_side.dx_lora_A_splits, precision=x_side.precision, tile=x_side.tile("bwd_dx_lora_a_dropout"),
+        )  # fmt: skip
+    elif needs.lora_A:
+        assert x is not None and dyb is not None
+        d_lora_A = bwd_lora_a(
+            x=x, dyb=dyb, seed=seed, threshold=threshold, splits=x_side.d_lora_A_splits,
+            precision=x_side.precision, tile=x_side.tile("bwd_lora_a"),
+        )  # fmt: skip
+    if needs.x and dx is None:
+        assert dyb is not None
+        dx = expand(
+            base=None, s=dyb, e=lora_A, out_dtype=x_dtype, precision=x_side.precision, tile=x_side.tile("expand")
         )
-        if needs.x and seed is not None:
-            assert dyb is not None
-            dx, d_lora_A = bwd_dx_lora_a(
-                x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold, dx_dtype=x_dtype,
-                splits=x_side.dx_lora_A_splits, precision=x_side.precision, tile=x_side.tile("bwd_dx_lora_a_dropout"),
-            )  # fmt: skip
-        elif needs.lora_A:
-            assert x is not None and dyb is not None
-            d_lora_A = bwd_lora_a(
-                x=x, dyb=dyb, seed=seed, threshold=threshold, splits=x_side.d_lora_A_splits,
-                precision=x_side.precision, tile=x_side.tile("bwd_lora_a"),
-            )  # fmt: skip
-        if needs.x and dx is None:
-            assert dyb is not None
-            dx = expand(
-                base=None, s=dyb, e=lora_A, out_dtype=x_dtype, precision=x_side.precision, tile=x_side.tile("expand")
-            )
     return dx, d_lora_A, d_lora_B

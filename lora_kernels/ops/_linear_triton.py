@@ -5,6 +5,8 @@ Imports `kernels`, hence triton; itself imported only inside the implementations
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from lora_kernels.kernels.gemm_expand import gemm_expand
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma, tma_serves
 from lora_kernels.kernels.one_pass import one_pass
 from lora_kernels.kernels.persistent import persistent, persistent_available, persistent_serves
+from lora_kernels.kernels.replay import replayed
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.ops._needs import Needs
@@ -33,25 +36,46 @@ def forward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], xa [M, R]) for x [M, K], M >= 1."""
-    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
+    factors = threshold_and_scale(seed, scaling, dropout_p)
     bias = None if bias is None else bias.contiguous()
     with launch_scope(x):
-        if plan.strategy == "one_pass":
-            return one_pass(
-                x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed, threshold=threshold,
-                scale=scale, splits=plan.one_pass_splits, precision=plan.precision,
-                tile=plan.tile("one_pass"), sum_tile=plan.tile("one_pass_sum"),
-            )  # fmt: skip
-        xa = shrink(
-            x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.xa_splits,
-            launches_dependents=plan.use_pdl and plan.strategy == "shrink_fused",
-            precision=plan.precision, tile=plan.tile("shrink"),
-        )  # fmt: skip
         if plan.strategy == "library":
+            (xa,) = cast(tuple[Tensor], replayed(_xa, (x, lora_A, seed), factors, plan))
             y = torch.mm(xa, lora_B.T) if bias is None else torch.addmm(bias, xa, lora_B.T)
             return y.addmm_(x, weight.T), xa
-        persistent_tile = plan.tile("persistent") if plan.strategy == "persistent" else None
-        return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan, persistent_tile, follows_s=True), xa
+        outputs = replayed(_fused_forward, (x, weight, lora_A, lora_B, bias, seed), factors, plan)
+        return cast(tuple[Tensor, Tensor], outputs)
+
+
+def _xa(x: Tensor, lora_A: Tensor, seed: Tensor | None, threshold: int, scale: float, plan: Plan) -> tuple[Tensor]:
+    xa = shrink(
+        x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=plan.xa_splits,
+        launches_dependents=plan.use_pdl and plan.strategy == "shrink_fused",
+        precision=plan.precision, tile=plan.tile("shrink"),
+    )  # fmt: skip
+    return (xa,)
+
+
+def _fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+    plan: Plan,
+) -> tuple[Tensor, Tensor]:
+    if plan.strategy == "one_pass":
+        return one_pass(
+            x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed, threshold=threshold,
+            scale=scale, splits=plan.one_pass_splits, precision=plan.precision,
+            tile=plan.tile("one_pass"), sum_tile=plan.tile("one_pass_sum"),
+        )  # fmt: skip
+    (xa,) = _xa(x, lora_A, seed, threshold, scale, plan)
+    persistent_tile = plan.tile("persistent") if plan.strategy == "persistent" else None
+    return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, plan, persistent_tile, follows_s=True), xa
 
 
 def backward(
@@ -68,36 +92,17 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there; M >= 1."""
-    threshold, scale = threshold_and_scale(seed, scaling, dropout_p)
-    bias_dtype = torch.promote_types(dy.dtype, lora_A.dtype)
-    strategy = plan.backward_way.strategy
-    dx = d_weight = d_lora_A = None
+    factors = threshold_and_scale(seed, scaling, dropout_p)
+    bias_dtype = torch.promote_types(dy.dtype, lora_A.dtype) if needs.bias else None
+    d_weight = None
     with launch_scope(dy):
-        dyb, d_lora_B, d_bias = from_dy(
-            dy, lora_B, xa if needs.lora_B else None, bias_dtype if needs.bias else None, scale, plan,
-            needs_dyb=needs.x or needs.lora_A,
-        )  # fmt: skip
-        if needs.x and strategy == "library" and seed is not None:
+        # A bias without adapters is left to a plain sum.
+        dyb, dx, d_lora_A, d_lora_B, d_bias = replayed(
+            _fused_backward, (dy, x, weight, lora_A, lora_B, xa, seed), (*factors, bias_dtype, needs), plan
+        )
+        if needs.x and plan.backward_way.strategy == "library":
             assert weight is not None and dyb is not None
-            dx, d_lora_A = bwd_dx_lora_a(
-                x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold,
-                dx_dtype=dy.dtype, splits=plan.dx_lora_A_splits, precision=plan.precision,
-                tile=plan.tile("bwd_dx_lora_a_dropout"),
-            )  # fmt: skip
-            dx.addmm_(dy, weight)
-        elif needs.lora_A:
-            assert x is not None and dyb is not None
-            d_lora_A = bwd_lora_a(
-                x=x, dyb=dyb, seed=seed, threshold=threshold, splits=plan.d_lora_A_splits,
-                precision=plan.precision, tile=plan.tile("bwd_lora_a"),
-            )  # fmt: skip
-        if needs.x and dx is None:
-            assert weight is not None and dyb is not None
-            if strategy == "library":
-                dx = torch.mm(dyb, lora_A).addmm_(dy, weight)
-            else:
-                persistent_tile = plan.tile("persistent", backward=True) if strategy == "persistent" else None
-                dx = _gemm(dy, weight, False, dyb, lora_A, None, seed, threshold, plan, persistent_tile)
+            dx = (torch.mm(dyb, lora_A) if dx is None else dx).addmm_(dy, weight)
     # Full fine-tuning beside LoRA: one plain GEMM, and a bias without adapters one plain sum. Nothing to fuse.
     if needs.weight:
         assert x is not None
@@ -105,6 +110,46 @@ def backward(
     if needs.bias and d_bias is None:
         d_bias = dy.sum(0, dtype=bias_dtype)
     return dx, d_weight, d_lora_A, d_lora_B, d_bias
+
+
+def _fused_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+    bias_dtype: torch.dtype | None,
+    needs: Needs,
+    plan: Plan,
+) -> tuple[Tensor | None, ...]:
+    """(dyb, dx, d_lora_A, d_lora_B, d_bias); under "library", dx is its low-rank part, or None if that has no mask."""
+    strategy = plan.backward_way.strategy
+    dx = d_lora_A = None
+    dyb, d_lora_B, d_bias = from_dy(
+        dy, lora_B, xa if needs.lora_B else None, bias_dtype, scale, plan, needs_dyb=needs.x or needs.lora_A
+    )
+    if needs.x and strategy == "library" and seed is not None:
+        assert dyb is not None
+        dx, d_lora_A = bwd_dx_lora_a(
+            x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold,
+            dx_dtype=dy.dtype, splits=plan.dx_lora_A_splits, precision=plan.precision,
+            tile=plan.tile("bwd_dx_lora_a_dropout"),
+        )  # fmt: skip
+    elif needs.lora_A:
+        assert x is not None and dyb is not None
+        d_lora_A = bwd_lora_a(
+            x=x, dyb=dyb, seed=seed, threshold=threshold, splits=plan.d_lora_A_splits,
+            precision=plan.precision, tile=plan.tile("bwd_lora_a"),
+        )  # fmt: skip
+    if needs.x and strategy != "library":
+        assert weight is not None and dyb is not None
+        persistent_tile = plan.tile("persistent", backward=True) if strategy == "persistent" else None
+        dx = _gemm(dy, weight, False, dyb, lora_A, None, seed, threshold, plan, persistent_tile)
+    return dyb, dx, d_lora_A, d_lora_B, d_bias
 
 
 def _gemm(

@@ -1,12 +1,9 @@
 """Direct launches, against a driver that records them: the same binary and arguments as the JIT's own launch."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels import launch as launching
@@ -40,52 +37,11 @@ WIDTH_DTYPES = {
 }
 
 
-class Driver:
-    """As much of Triton's driver as a launch touches; keeps (binary, grid, arguments) of each."""
-
-    def __init__(self):
-        self.launches, self.hooks, self.loaded = [], [], 0
-        self.utils = SimpleNamespace(load_binary=self.load, get_device_properties=lambda _: {"max_shared_mem": 232448})
-
-    def load(self, *_):
-        self.loaded += 1
-        return object(), self.loaded, 32, 0, 1024
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def launcher_cls(self, src, metadata):
-        def run(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
-            self.hooks.append(enter_hook)
-            self.launches.append((function, (x, y, z), [described(a) for a in args]))
-
-        return run
-
-
-@pytest.fixture(scope="module")
-def the_driver():
-    # One for all tests: a compiled kernel keeps the launcher it was loaded with.
-    return Driver()
-
-
-@pytest.fixture
-def driver(monkeypatch, the_driver):
-    driver = the_driver
-    driver.launches.clear()
-    driver.hooks.clear()
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "_specialised", {})
+@pytest.fixture(autouse=True)
+def forgotten():
     for kernel in (toy_kernel, descriptor_kernel):
         kernel.device_caches.clear()
-    yield driver
+    yield
     for kernel in (toy_kernel, descriptor_kernel):
         kernel.device_caches.clear()
 
@@ -148,10 +104,9 @@ def test_descriptors(driver):
     assert len({function for function, *_ in driver.launches}) == 4
 
 
-def test_each_device_has_its_own(driver, monkeypatch):
+def test_each_device_has_its_own(driver):
     launch(toy_kernel, (4,), *CALLS[0][0], **CONSTEXPRS, **FOUR_WARPS)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(driver, "get_current_device", lambda: 1)
+    driver.device = 1
     launch(toy_kernel, (4,), *CALLS[0][0], **CONSTEXPRS, **FOUR_WARPS)
     first, second = driver.launches
     assert first[0] != second[0]
@@ -176,12 +131,6 @@ def test_a_profilers_hooks_are_called(driver, monkeypatch):
     assert driver.hooks == [triton.knobs.runtime.launch_enter_hook, None, triton.knobs.runtime.launch_enter_hook]
 
 
-def described(argument):
-    if isinstance(argument, torch.Tensor):
-        return (argument.dtype, argument.shape, argument.stride())
-    return described(argument.base) if type(argument).__name__ == "TensorDescriptor" else argument
-
-
 def problem_of(width, p):
     x, adapters = WIDTH_DTYPES[width]
     return Problem(16, 64, 80, 16, x, adapters, p > 0, arch="sm_90", device_type="cuda", sm_count=8, gluon=not MISSING)
@@ -198,7 +147,6 @@ SERVED = [
 @pytest.mark.parametrize(("width", "p", "strategy"), SERVED)
 def test_every_launcher_of_the_backend(driver, monkeypatch, width, p, strategy):
     # What the interpreter's tests go around: order of arguments and constexprs in each direct launch.
-    monkeypatch.setattr(launching, "is_interpreting", lambda: False)
     x, adapters = WIDTH_DTYPES[width]
     i = make_linear_inputs(16, 64, 80, 16, dtype=x, adapter_dtype=adapters)
     problem = problem_of(width, p)
@@ -222,7 +170,6 @@ def test_every_launcher_of_the_backend(driver, monkeypatch, width, p, strategy):
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_launcher_of_the_branch(driver, monkeypatch, width, out, p):
-    monkeypatch.setattr(launching, "is_interpreting", lambda: False)
     x, adapters = WIDTH_DTYPES[width]
     i = make_branch_inputs(16, 64, 80, 16, dtype=x, adapter_dtype=adapters, out_dtype=out, dropout_p=p)
     plan = make_branch_plan(problem_of(width, p), out, "triton", triton_available=True)
