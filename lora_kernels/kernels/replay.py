@@ -30,8 +30,8 @@ Outputs = tuple[Tensor | None, ...]
 class Step(NamedTuple):
     """One launch. Slots are the places of a call's list of tensors: its inputs, then its allocations as they come."""
 
-    allocations: tuple[tuple[torch.Size, torch.dtype], ...]
-    """Made before it."""
+    allocations: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    """Made before it: shape, strides, dtype."""
     launch: Launch
     """With None where tensors and descriptors stand."""
     tensors: tuple[tuple[int, int], ...]
@@ -55,8 +55,9 @@ class Recipe(NamedTuple):
         """The outputs for these inputs."""
         slots = list(inputs)
         for allocations, launch, tensors, descriptors, last in self.steps:
-            for shape, dtype in allocations:
-                slots.append(torch.empty(shape, dtype=dtype, device=device))
+            for shape, strides, dtype in allocations:
+                # torch.empty takes twice as long: it looks for sizes one by one first.
+                slots.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
             args = list(launch.args)
             for place, slot in tensors:
                 args[place] = slots[slot]
@@ -132,7 +133,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.empty.memory_format and out.is_contiguous():
+        if func is torch.ops.aten.empty.memory_format:
             self.allocated.append(out)
         elif not func.is_view:
             self.saw_others = True
@@ -166,7 +167,7 @@ def _recipe(inputs: Inputs, recorder: _Recorder, outputs: Outputs, plan: object)
                 descriptors.append((place, found, type(arg), vars(arg) | {"base": None}))
             else:
                 places.append((place, found))
-        allocations = tuple((t.shape, t.dtype) for t in recorder.allocated[made:count])
+        allocations = tuple((t.shape, t.stride(), t.dtype) for t in recorder.allocated[made:count])
         made = count
         steps.append(Step(allocations, launch._replace(args=args), tuple(places), tuple(descriptors), ()))
     for output in outputs:

@@ -19,9 +19,11 @@ from lora_kernels.reference.philox import dropout_scale, dropout_threshold
 
 def launch_scope(t: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be t's; interpreted, its numpy arithmetic needs repair."""
-    if t.is_cuda:
+    if is_interpreting():
+        return repaired()
+    if t.is_cuda and t.get_device() != torch.cuda.current_device():
         return torch.cuda.device(t.device)
-    return repaired() if is_interpreting() else nullcontext()
+    return nullcontext()
 
 
 def threshold_and_scale(seed: Tensor | None, scaling: float, dropout_p: float) -> tuple[int, float]:

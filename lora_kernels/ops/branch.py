@@ -6,7 +6,7 @@ dy and needs no op. Gradients that are not needed come back as empty tensors: a 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
@@ -93,6 +93,7 @@ class BranchImplementation(Protocol):
         """Gradients of x, lora_A, lora_B; None where not needed."""
 
 
+@cache
 def branch_implementation(backend: Backend) -> BranchImplementation:
     """The module that serves one direction of a plan: for the ops below, and for checks that force a strategy."""
     if backend == "triton":
@@ -161,13 +162,13 @@ def _backward(
     x, xa = None if x is None else flat(x), None if xa is None else flat(xa)
     plan = _plan(dy, x_dtype, lora_A, seed, backend)
     with plain(dy):
-        dx, *others = branch_implementation(plan.backward.backend).backward(
+        dx, d_lora_A, d_lora_B = branch_implementation(plan.backward.backend).backward(
             dy, x, lora_A, lora_B, xa, seed, scaling, dropout_p, x_dtype, BranchNeeds(*needs), plan
         )
-    gradients = (None if dx is None else shaped(dx, leading), *others)
-    dtypes = (x_dtype, lora_A.dtype, lora_B.dtype)
-    return tuple(
-        dy.new_empty(0, dtype=dtype) if found is None else found for found, dtype in zip(gradients, dtypes, strict=True)
+    return (
+        dy.new_empty(0, dtype=x_dtype) if dx is None else shaped(dx, leading),
+        lora_A.new_empty(0) if d_lora_A is None else d_lora_A,
+        lora_B.new_empty(0) if d_lora_B is None else d_lora_B,
     )
 
 

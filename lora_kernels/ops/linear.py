@@ -8,7 +8,7 @@ wider of the two dtypes that a bias may have, dy's and the adapters'.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
@@ -129,6 +129,7 @@ class LinearImplementation(Protocol):
         """Gradients of x, weight, lora_A, lora_B, bias; None where not needed."""
 
 
+@cache
 def linear_implementation(backend: Backend) -> LinearImplementation:
     """The module that serves one direction of a plan: for the ops below, and for checks that force a strategy."""
     if backend == "triton":
@@ -202,13 +203,15 @@ def _backward(
     x, xa = None if x is None else flat(x), None if xa is None else flat(xa)
     plan = _plan(dy, dy.shape[1], lora_A, seed, backend)
     with plain(dy):
-        dx, *others = linear_implementation(plan.backward_way.backend).backward(
+        dx, d_weight, d_lora_A, d_lora_B, d_bias = linear_implementation(plan.backward_way.backend).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, scaling, dropout_p, Needs(*needs), plan
         )
-    gradients = (None if dx is None else shaped(dx, leading), *others)
-    dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, torch.promote_types(dy.dtype, lora_A.dtype))
-    return tuple(
-        dy.new_empty(0, dtype=dtype) if found is None else found for found, dtype in zip(gradients, dtypes, strict=True)
+    return (
+        dy.new_empty(0) if dx is None else shaped(dx, leading),
+        dy.new_empty(0) if d_weight is None else d_weight,
+        lora_A.new_empty(0) if d_lora_A is None else d_lora_A,
+        lora_B.new_empty(0) if d_lora_B is None else d_lora_B,
+        dy.new_empty(0, dtype=torch.promote_types(dy.dtype, lora_A.dtype)) if d_bias is None else d_bias,
     )
 
 
