@@ -81,11 +81,18 @@ def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
         address, descriptor = kept[weight][16, 32]
         return descriptor if address == weight.data_ptr() else ""
 
-    of_descriptors: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+    of_launches: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
     if triton_available():
+        import triton
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        of_descriptors["a weight's tensor descriptor: made in each call, not kept"] = (
+        from lora_kernels.kernels.launch import ceil_div
+
+        of_launches["how many blocks: our own ceil_div, not triton.cdiv"] = (
+            lambda: ceil_div(1000, 64),
+            lambda: triton.cdiv(1000, 64),
+        )
+        of_launches["a weight's tensor descriptor: made in each call, not kept"] = (
             lambda: TensorDescriptor.from_tensor(weight, [16, 32]),
             look_up,
         )
@@ -95,7 +102,7 @@ def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
             return keep_mask(seed, TALL, K, P)
 
     return {
-        **of_descriptors,
+        **of_launches,
         f"dB [{N}, {R}] from M = {M} rows: (xa^T dy)^T, not dy^T xa": (
             long_rows,
             lambda: torch.mm(dy.T, xa),
@@ -115,6 +122,10 @@ def choices() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
         f"mask * x [{M}, {K}], against F.dropout's generator": (
             lambda: drop([(x, dropped)], first_row=0),
             lambda: torch.nn.functional.dropout(x, P),
+        ),
+        "a new tensor [16, 16]: torch.empty_strided, not torch.empty": (
+            lambda: torch.empty_strided((16, 16), (16, 1), dtype=x.dtype, device=CPU),
+            lambda: torch.empty((16, 16), dtype=x.dtype, device=CPU),
         ),
         "an autograd node's forward: forward(ctx, ...), not setup_context": (
             lambda: _WithContext.apply(*inputs),

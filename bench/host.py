@@ -5,17 +5,21 @@
 A step of a small model, or of any model on a fast GPU, waits for Python. The control saves the same tensors through the
 same kind of node, returns an empty y, and in backward empty gradients: what is left above it is validation, planning
 and dispatch, and on a CPU also the products, here of 16 rows. On a GPU nothing is waited for while the clock runs.
+
+Where no GPU is, the way through the kernels is timed, too, up to a driver that does nothing (`bench.driver`): less than
+on a real one by what Triton's launcher and CUDA take of each launch, and told apart by the name.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,11 +29,18 @@ from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import CaseInputs
 from lora_kernels.benchmarking.records import Environment, device_slug, write_csv
 from lora_kernels.benchmarking.timer import Samples, round_order
+from lora_kernels.ops import linear
+from lora_kernels.planning import Problem, make_plan
+from lora_kernels.planning.device import triton_available
+from lora_kernels.planning.plan import Strategy, paired
 
 NOTHING = "nothing"
 CALLS = 40  # between two looks at the clock; a GPU's launch queue holds about a thousand launches
 ROUNDS = 40
 TINY = 16  # rows, columns and rank
+LAUNCHED: tuple[Strategy, ...] = ("one_pass", "shrink_fused")
+NOWHERE = "launched to nowhere"
+NAME_WIDTH = 50
 
 
 @dataclass(frozen=True)
@@ -70,17 +81,48 @@ def _nothing(inputs: CaseInputs, dropout_p: float) -> Tensor:
 
 
 def measure(device: torch.device, *, rounds: int = ROUNDS, dropout_p: float = 0.0) -> list[HostRow]:
-    """A row for each contender, timed in turns."""
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    case = LinearCase("host", "none", TINY, TINY, TINY, TINY, dtype=dtype, adapter_dtype=dtype, dropout_p=dropout_p)
-    inputs = CaseInputs.of(case, device)
-    leaves = tuple(inputs.leaves.values())
+    """A row for each contender, timed in turns; without a GPU also for the kernels, launched to nowhere."""
     forwards = {
         NOTHING: _nothing,
         "lora_linear": AUTO.forward,
         UNFUSED_CHAIN.name: UNFUSED_CHAIN.forward,
         ADDMM.name: ADDMM.forward,
     }
+    rows = _rows(device, "bfloat16" if device.type == "cuda" else "float32", forwards, rounds, dropout_p)
+    if device.type == "cpu" and triton_available():
+        rows += _launched_to_nowhere(rounds, dropout_p)
+    return rows
+
+
+def _launched_to_nowhere(rounds: int, dropout_p: float) -> list[HostRow]:
+    """Strategies whose every product is a kernel, planned and compiled for an H200, without its driver."""
+    from bench.driver import Driver
+
+    problem = Problem(
+        TINY, TINY, TINY, TINY, torch.bfloat16, torch.bfloat16, dropout_p > 0,
+        arch="sm_90", device_type="cuda", sm_count=132,
+    )  # fmt: skip
+    planned = make_plan(problem, "triton", triton_available=True)
+    rows = []
+    for strategy in LAUNCHED:
+        plan = paired(problem, planned, strategy)
+        name = f"triton:{strategy} for {problem.arch}, {NOWHERE}"
+        with Driver(lambda *_: None).active(), mock.patch.object(linear, "_plan_for", return_value=plan):
+            found = _rows(torch.device("cpu"), "bfloat16", {NOTHING: _nothing, name: AUTO.forward}, rounds, dropout_p)
+        rows += [row for row in found if row.contender == name]
+    return rows
+
+
+def _rows(
+    device: torch.device,
+    dtype: str,
+    forwards: Mapping[str, Callable[[CaseInputs, float], Tensor]],
+    rounds: int,
+    dropout_p: float,
+) -> list[HostRow]:
+    case = LinearCase("host", "none", TINY, TINY, TINY, TINY, dtype=dtype, adapter_dtype=dtype, dropout_p=dropout_p)
+    inputs = CaseInputs.of(case, device)
+    leaves = tuple(inputs.leaves.values())
 
     def step(forward: Callable[[CaseInputs, float], Tensor]) -> None:
         torch.autograd.grad(forward(inputs, dropout_p), leaves, inputs.dy)
@@ -121,12 +163,12 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
 
 def lines(rows: Sequence[HostRow]) -> list[str]:
     """The table in the terminal."""
-    head = f"{'host time, forward + backward':<30} {'p':>4} {'us':>8}  {'p10-p90':>16} {'over nothing':>13}"
+    head = f"{'host time, forward + backward':<{NAME_WIDTH}} {'p':>4} {'us':>8}  {'p10-p90':>16} {'over nothing':>13}"
     return [
         head,
         "-" * len(head),
         *(
-            f"{r.contender:<30} {r.dropout_p:>4g} {r.us:>8.1f}  {f'{r.us_p10:.1f}-{r.us_p90:.1f}':>16} "
+            f"{r.contender:<{NAME_WIDTH}} {r.dropout_p:>4g} {r.us:>8.1f}  {f'{r.us_p10:.1f}-{r.us_p90:.1f}':>16} "
             f"{r.over_nothing_us:>13.1f}"
             for r in rows
         ),
