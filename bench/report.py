@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench import choices, comparison, host, peft_memory, peft_step, providers, targets
+from bench import anatomy, choices, comparison, host, peft_memory, peft_step, providers, targets
 from bench.comparison import Found, milliseconds, ours
 from bench.peft_layers import PATCHED
 from lora_kernels.benchmarking.cases import LinearCase
@@ -57,6 +57,7 @@ def page(folder: Path) -> str:
         _head(folder, records, cases, run),
         _targets(records, host_rows),
         _when_it_loses(records),
+        _anatomy(_rows(folder / "anatomy.csv", anatomy.StageRow)),
         _side_by_side("Side by side", cases),
         _strategies(folder),
         _memory_and_error(cases),
@@ -199,6 +200,19 @@ def _host(rows: Sequence[host.HostRow]) -> str:
     ]
     titles = ["forward + backward of a tiny linear", "p", "µs of the host (10th–90th percentile)", "over nothing"]
     return _section("Host time", titles, cells)
+
+
+def _anatomy(rows: Sequence[anatomy.StageRow]) -> str:
+    """A column for each size, a line for each stage: why a CPU's cost is what it is."""
+    sizes = list(dict.fromkeys((r.M, r.N, r.K, r.R) for r in rows))
+    found = {(r.stage, (r.M, r.N, r.K, r.R)): f"{r.over_frozen:.3f} ({r.p10:.3f}–{r.p90:.3f})" for r in rows}
+    cells = [[stage, *(found[stage, size] for size in sizes)] for stage in dict.fromkeys(r.stage for r in rows)]
+    titles = ["fp32, forward + backward", *(f"M = {m}, [{n} × {k}], r = {r}" for m, n, k, r in sizes)]
+    note = (
+        "Library calls alone, each line with those above it, over the frozen linear's two products (10th–90th "
+        "percentile); by `python -m bench.anatomy`. What the last line adds is autograd and Python."
+    )
+    return _section("Where the time goes", titles, cells, note)
 
 
 def _peft_step(rows: Sequence[peft_step.StepRow]) -> str:
