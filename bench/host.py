@@ -43,7 +43,11 @@ class HostRow:
     us_p90: float
     over_nothing_us: float
     device: str
+    driver: str
+    torch: str
+    triton: str
     commit: str
+    date: str
 
 
 class Nothing(torch.autograd.Function):
@@ -103,8 +107,10 @@ def measure(device: torch.device, *, rounds: int = ROUNDS, dropout_p: float = 0.
             us_p10=spread.p10,
             us_p90=spread.p90,
             over_nothing_us=spread.median - nothing,
-            device=environment.device,
-            commit=environment.commit,
+            **{
+                field: getattr(environment, field)
+                for field in ("device", "driver", "torch", "triton", "commit", "date")
+            },
         )
         for name, spread in ((name, samples.time(name)) for name in steps)
     ]
