@@ -23,7 +23,7 @@ unexport TRITON_INTERPRET
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help setup test test-unit test-distributed test-interpret test-compile conformance lint format bench docs gpu gpu-check gpu-test \
-    gpu-bench gpu-unproven gpu-llama pages clean distclean
+    gpu-bench gpu-unproven gpu-llama gpu-sanitize pages clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -85,7 +85,7 @@ docs: $(READY) ## run every example in README, docs and docstrings; follow every
 # GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes
 # where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
 # pinned ones, and a deprecation in them is no fault of a kernel.
-gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama gpu-sanitize: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 gpu: ## the check, the tests and the benchmark that need a GPU
 	@failed=; for part in gpu-check gpu-test gpu-bench gpu-unproven; do \
@@ -101,10 +101,13 @@ gpu-check: ## every backend and strategy on this GPU against fp64
 	$(PYTHON) -m lora_kernels info --json > "$(OUT)/info.json"
 	@$(call logged,check.txt,$(PYTHON) -m lora_kernels check)
 
+# Two threads a worker: the truth is computed in fp64 on the CPU, and eight times all cores would wait for each other.
+# Interrupted, not killed, where a limit of ten minutes is near: pytest then says what it has.
 gpu-test: ## tests/gpu
 	@mkdir -p "$(OUT)"
-	@$(call logged,tests.txt,$(PYTHON) -m pytest -W default \
-	    $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') -k 'not persistent' tests/gpu)
+	@$(call logged,tests.txt,OMP_NUM_THREADS=2 timeout --signal=INT 560 $(PYTHON) -m pytest -W default --tb=short \
+	    --durations=15 $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') -k 'not persistent' \
+	    tests/gpu/test_linear.py tests/gpu)
 
 gpu-unproven: ## what no GPU has run yet, with a limit: it waits on barriers of its own, and might for ever
 	@mkdir -p "$(OUT)"
@@ -116,6 +119,18 @@ gpu-bench: ## check, ceilings, every strategy and every peer on this GPU, in nin
 gpu-llama: ## a Llama-shaped training step, stock PEFT and patched; needs peft and transformers, so `make gpu` leaves it out
 	@mkdir -p "$(OUT)"
 	@$(call logged,llama.txt,$(PYTHON) -m bench.llama_step --out "$(OUT)/bench")
+
+# Without PyTorch's pool of memory: inside it, a read past a tensor is a read of another one. What is found in a
+# library's kernel is the library's; the report names the kernel.
+gpu-sanitize: ## compute-sanitizer over small cases of every strategy and of lora_branch, in three minutes
+	@mkdir -p "$(OUT)"
+	@$(call logged,sanitize.txt,(failed=; for tool in memcheck racecheck; do \
+	    echo "== $$tool"; \
+	    PATH="$$PATH:/usr/local/cuda/bin" PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=5 85 \
+	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -W default --tb=short \
+	    -k 'bf16 and (37 or 150) and (strategy or backend) and not (persistent or over or mixed or torch or auto)' \
+	    tests/gpu/test_linear.py tests/gpu/test_branch.py || failed="$$failed $$tool"; \
+	done; test -z "$$failed" || { echo "failed or stopped:$$failed"; exit 1; }))
 
 pages: $(READY) ## docs/benchmarks from the committed rows in bench/results
 	$(BIN)/python -m bench.report

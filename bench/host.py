@@ -54,7 +54,11 @@ class HostRow:
     us_p90: float
     over_nothing_us: float
     device: str
+    driver: str
+    torch: str
+    triton: str
     commit: str
+    date: str
 
 
 class Nothing(torch.autograd.Function):
@@ -145,8 +149,10 @@ def _rows(
             us_p10=spread.p10,
             us_p90=spread.p90,
             over_nothing_us=spread.median - nothing,
-            device=environment.device,
-            commit=environment.commit,
+            **{
+                field: getattr(environment, field)
+                for field in ("device", "driver", "torch", "triton", "commit", "date")
+            },
         )
         for name, spread in ((name, samples.time(name)) for name in steps)
     ]

@@ -99,6 +99,7 @@ def run(
         )  # fmt: skip
         records += found
         write_csv(records, out / "linear.csv")
+        write_run(Run(records, ceilings, tuple(cases[index + 1 :])), out / "run.json")
         if not rows_only:
             write_json(records, out / "linear.json")
         if case.mode != mode:

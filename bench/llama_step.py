@@ -336,8 +336,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         try:
             found = measure(arguments.size, case, device, budget_s=arguments.budget)
-        except (ArithmeticError, torch.OutOfMemoryError) as error:
-            print(f"FAULT: {case.label}: {error}")
+        except Exception as error:  # wrong, out of memory, or a kernel that does not compile: the others go on
+            lines = str(error).strip().splitlines() or ["no message"]
+            print(f"FAULT: {case.label}: {type(error).__name__}: {lines[0]}")
             faults += 1
             continue
         finally:

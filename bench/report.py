@@ -89,7 +89,8 @@ def _head(folder: Path, records: Sequence[Record], cases: Mapping[LinearCase, Fo
     ]
     if ceilings := run.get("ceilings"):
         rates = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in ceilings["gemm_tflops"].items())
-        copy = f"copy {ceilings['copy_gb_s']:.3g} GB/s"
+        speed = ceilings["copy_gb_s"]
+        copy = f"copy {f'{speed:.0f}' if speed >= 1000 else f'{speed:.3g}'} GB/s"
         lines += [f"Ceilings measured there: {copy}; library product, TFLOP/s: {rates}.", ""]
     return "\n".join(lines)
 

@@ -6,6 +6,8 @@ LORA_KERNELS_BACKEND: what `backend="auto"` means in this process: `auto` (the p
 LORA_KERNELS_CACHE: the folder for what `lora-kernels tune` measures; empty switches it off. Default:
 $XDG_CACHE_HOME/lora_kernels, or ~/.cache/lora_kernels.
 
+LORA_KERNELS_COMMIT: what a benchmark's rows name as the commit where git cannot say it, in a copy of the tree.
+
 TRITON_INTERPRET is Triton's own: kernels decorated while it is set run in Triton's interpreter, on CPU tensors.
 
 All are read once, at import, as Triton reads its own.
@@ -44,5 +46,7 @@ def _cache() -> Path | None:
 
 
 CACHE = _cache()
+
+COMMIT = os.environ.get("LORA_KERNELS_COMMIT", "")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lora_kernels import config
 from lora_kernels.planning.device import cpu_name, device_traits, slug
 from lora_kernels.planning.measured import write_whole
 
@@ -46,7 +47,7 @@ class Environment:
         cuda = device.type == "cuda"
         return Environment(
             device=torch.cuda.get_device_name(device) if cuda else cpu_name(),
-            driver=_driver() if cuda else "",
+            driver=(_driver() or "unknown") if cuda else "",  # rows without one are taken for a CPU's
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             triton=_version("triton"),
@@ -183,17 +184,20 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it; empty outside a checkout."""
+    """The checkout's commit, marked where tracked files differ from it; outside a checkout what the user says it is."""
     here = str(Path(__file__).parent)
     commit = _output(["git", "-C", here, "rev-parse", "--short=12", "HEAD"])
     dirty = _output(["git", "-C", here, "status", "--porcelain", "--untracked-files=no"]) if commit else ""
-    return f"{commit}+changes" if dirty else commit
+    return f"{commit}+changes" if dirty else commit or config.COMMIT
 
 
 def _output(command: list[str]) -> str:
-    """Standard output of a command, or nothing where it is missing or fails."""
+    """Standard output of a command, or nothing where it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=20)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""

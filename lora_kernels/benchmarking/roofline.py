@@ -41,7 +41,8 @@ class Ceilings:
     def line(self) -> str:
         """One line for the head of a table."""
         rates = ", ".join(f"{name} {rate:.3g}" for name, rate in self.gemm_tflops.items())
-        return f"ceilings measured here: copy {self.copy_gb_s:.3g} GB/s; library product, TFLOP/s: {rates}"
+        copy = f"{self.copy_gb_s:.0f}" if self.copy_gb_s >= 1000 else f"{self.copy_gb_s:.3g}"
+        return f"ceilings measured here: copy {copy} GB/s; library product, TFLOP/s: {rates}"
 
 
 def measure_ceilings(

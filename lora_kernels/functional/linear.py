@@ -48,7 +48,8 @@ class LoRALinearFunction(torch.autograd.Function):
         *gradients, d_bias = run(
             dy, x, weight, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, list(ctx.needs), ctx.backend
         )
-        gradients.append(d_bias.to(ctx.bias_dtype) if ctx.needs.bias else d_bias)
+        # Not gradients.append: torch 2.11's tracer takes what a star collects for a tuple.
+        gradients = [*gradients, d_bias.to(ctx.bias_dtype) if ctx.needs.bias else d_bias]
         kept = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
         return (*kept, None, None, None, None)
 

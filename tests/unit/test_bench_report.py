@@ -150,7 +150,7 @@ def test_what_is_kept_is_judged_beyond_xa(template: Record) -> None:
 
 def test_host_time_is_judged_on_a_gpu(template: Record) -> None:
     name = "GPU: host time per forward + backward, over the same autograd.Function doing nothing"
-    timed = host.HostRow("lora_linear", 0.0, 80.0, 70.0, 90.0, 24.0, "a GPU", "")
+    timed = host.HostRow("lora_linear", 0.0, 80.0, 70.0, 90.0, 24.0, "a GPU", "", "", "", "", "")
     assert verdicts(rows(template, [SMALL], {"auto": 1.0}, **GPU), [timed])[name] == ("24.0 µs", "met")
     assert verdicts(rows(template, [SMALL], {"auto": 1.0}), [timed])[name] == ("", "not measured")
 

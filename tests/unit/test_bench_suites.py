@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,9 @@ def test_no_gpu_is_said_and_is_a_status_of_its_own(tmp_path: Path, monkeypatch, 
 def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkeypatch, capsys) -> None:
     ran: list[gpu.Part] = []
 
-    def measured(part: gpu.Part, log, folder: Path, timeout_s: float) -> str:
+    def measured(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> tuple[int, str]:
         ran.append(part)
+        root = folder
         if part.title == "tune":
             (folder / "plans").mkdir()
             (folder / "plans" / "plans-some-gpu.json").write_text("tuned")
@@ -158,7 +160,8 @@ def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkey
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("linear.csv", "run.json", "linear_benchmark.json", "host.csv", "large.bin"):
                 (folder / name).write_text(part.title)
-        return ""
+        gpu.keep(root, out)
+        return 0, ""
 
     monkeypatch.setattr(gpu, "run_part", measured)
     assert gpu.main(["--device", "cpu", "--budget", "20", "--out", str(tmp_path)]) == 0
@@ -170,19 +173,85 @@ def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkey
     assert "every part done" in files["log.txt"]
 
 
-def test_nothing_is_timed_where_the_check_fails(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu, "run_part", lambda part, log, folder, timeout_s: f"{part.title}: exit status 1")
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "check: exit status 1;" in (tmp_path / "log.txt").read_text()
+def test_one_kernel_that_is_wrong_does_not_cost_the_others_their_times(tmp_path: Path, monkeypatch, capsys) -> None:
+    ran: list[str] = []
+
+    def checked(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> tuple[int, str]:
+        ran.append(part.title)
+        return (1, f"{part.title}: a fault") if "check" in part.title else (0, "")
+
+    monkeypatch.setattr(gpu, "run_part", checked)
+    assert gpu.run(torch.device("cuda"), tmp_path, 540.0) == 1
+    # What no GPU has run yet is not timed where its own check fails.
+    assert ran[0] == "check"
+    assert ran[-2:] == ["suite", "check of what no GPU has run yet"]
+    assert "check: a fault; check of what no GPU has run yet: a fault;" in (tmp_path / "log.txt").read_text()
+
+
+def test_no_part_is_begun_after_the_budget(tmp_path: Path, monkeypatch, capsys) -> None:
+    allowed: dict[str, float] = {}
+
+    def slow(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> tuple[int, str]:
+        allowed[part.title] = timeout_s
+        clock[0] += timeout_s
+        return gpu.STOPPED, f"{part.title}: stopped"
+
+    clock = [0.0]
+    monkeypatch.setattr(gpu, "run_part", slow)
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: clock[0])
+    for device in ("cpu", "cuda"):
+        clock[0] = 0.0
+        gpu.run(torch.device(device), tmp_path / device, 540.0)
+        assert clock[0] <= 540.0
+        assert allowed["suite"] > 30.0
+    clock[0] = 0.0
+    monkeypatch.setattr(gpu, "CHECK", 0.99)
+    gpu.run(torch.device("cpu"), tmp_path / "short", 100.0)
+    assert "suite: left out, for want of time" in (tmp_path / "short" / "log.txt").read_text()
 
 
 def test_a_part_has_its_output_logged_and_is_stopped_in_time(tmp_path: Path, capsys) -> None:
+    def attempt(part: gpu.Part, timeout_s: float = 30.0) -> tuple[int, str]:
+        return gpu.run_part(part, log, tmp_path, tmp_path / "out", timeout_s)
+
+    (tmp_path / "out").mkdir()
     with (tmp_path / "log").open("w") as log:
-        assert gpu.run_part(gpu.Part("help", ("json.tool", "--help"), 1.0), log, tmp_path, 30.0) == ""
-        wrong = gpu.Part("wrong", ("json.tool", "/no/such/file"), 1.0)
-        assert "exit status" in gpu.run_part(wrong, log, tmp_path, 30.0)
-        assert "stopped after" in gpu.run_part(gpu.Part("slow", ("asyncio",), 1.0), log, tmp_path, 0.05)
+        assert attempt(gpu.Part("help", ("json.tool", "--help"), 1.0)) == (0, "")
+        status, fault = attempt(gpu.Part("wrong", ("json.tool", "/no/such/file"), 1.0))
+        assert status > 0
+        assert "exit status" in fault
+        status, fault = attempt(gpu.Part("slow", ("asyncio",), 1.0), 0.05)
+        assert status == gpu.STOPPED
+        assert "stopped after" in fault
     assert "usage" in (tmp_path / "log").read_text()
+
+
+def test_what_a_part_leaves_is_brought_home_while_it_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    # Rows are written case by case; whoever lends the GPU may end everything between two of them.
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    (folder / "suite").mkdir(parents=True)
+    out.mkdir()
+    (folder / "suite" / "linear.csv").write_text("rows")
+    seen: list[bool] = []
+    keep = gpu.keep
+    monkeypatch.setattr(gpu, "KEEP_S", 0.0)
+    monkeypatch.setattr(gpu, "keep", lambda *where: (keep(*where), seen.append((out / "linear.csv").exists())))
+    with (tmp_path / "log").open("w") as log:
+        gpu.run_part(gpu.Part("help", ("json.tool", "--help"), 1.0), log, folder, out, 30.0)
+    assert len(seen) > 1
+    assert all(seen)
+
+
+def test_a_child_of_a_stopped_part_does_not_hold_it_up(tmp_path: Path, monkeypatch, capsys) -> None:
+    # An inductor's workers have the same pipe for their output.
+    script = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    (tmp_path / "parent_of_a_sleeper.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    start = time.perf_counter()
+    with (tmp_path / "log").open("w") as log:
+        status, _ = gpu.run_part(gpu.Part("two", ("parent_of_a_sleeper",), 1.0), log, tmp_path, tmp_path, 3.0)
+    assert status == gpu.STOPPED
+    assert time.perf_counter() - start < 30
 
 
 def test_a_budget_on_a_cpu_leaves_the_targets_cases() -> None:

@@ -7,13 +7,14 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.benchmarking import cases as suites
+from lora_kernels.benchmarking import cases as suites, records as rows_of
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.gate import Gate
 from lora_kernels.benchmarking.load import ForeignLoad, contention
@@ -293,3 +294,22 @@ def test_own_work_is_not_foreign_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_kernels.benchmarking.load._busy_seconds", lambda: next(clock))
     monkeypatch.setattr("lora_kernels.benchmarking.load._own_seconds", lambda: next(own))
     assert ForeignLoad().warning() is None  # all sixty seconds were ours
+
+
+def test_a_copy_of_the_tree_is_told_its_commit_and_a_gpu_has_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A lent machine gets the files without their history, and rows without a driver are taken for a CPU's.
+    monkeypatch.setattr(rows_of.config, "COMMIT", "abc123")
+    monkeypatch.setattr(rows_of, "_output", lambda command: "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    there = Environment.current(torch.device("cuda"))
+    assert (there.commit, there.driver) == ("abc123", "unknown")
+    monkeypatch.setattr(rows_of, "_output", lambda command: "0123" if "rev-parse" in command else "")
+    assert Environment.current(torch.device("cpu")).commit == "0123"
+
+
+def test_a_command_that_hangs_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command, **_):
+        raise subprocess.TimeoutExpired(command, 20)
+
+    monkeypatch.setattr(rows_of.subprocess, "run", hang)
+    assert rows_of._output(["git", "--version"]) == ""
