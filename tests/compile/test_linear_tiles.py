@@ -1,6 +1,7 @@
 """Every shipped tile of every kernel, compiled for every GPU it can be chosen for: no spills, shared memory within
 limits."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from lora_kernels.kernels.expand import expand_kernel
 from lora_kernels.kernels.gemm_expand import gemm_expand_kernel
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
 from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
-from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials_kernel
+from lora_kernels.kernels.reduce_partials import BLOCK, STAGES, reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
+from lora_kernels.planning.plan import PROGRAMS_PER_SM
 from lora_kernels.planning.tiles import (
     FAMILY_OF_ARCH,
     MAX_RANK,
@@ -171,8 +173,35 @@ def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_reduction_has_no_faults(target: str, dtype: str) -> None:
     signature = {"partials_ptr": "*fp32", "out_ptr": f"*{dtype}", "splits": "i32", "elements": "i32", "scale": "fp32"}
-    constexprs = {"BLOCK": BLOCK, "LAUNCHES_DEPENDENTS": False}
-    assert compile_only(reduce_partials_kernel, signature, constexprs, target, 4, 1).faults() == []
+    constexprs = {"BLOCK": BLOCK, "STAGES": STAGES, "LAUNCHES_DEPENDENTS": False}
+    figures = compile_only(reduce_partials_kernel, signature, constexprs, target, 4, 1, ("partials_ptr", "out_ptr"))
+    assert figures.faults() == []
+    if target.startswith("sm_"):
+        # A chain of shares must not wait for each in turn: all but one of the ring are on their way before the first
+        # wait. The assembler numbers the groups that may stay unfinished.
+        assert figures.sequence[: figures.sequence.index("DEPBAR")].count("LDGDEPBAR") == STAGES - 1
+        assert f"DEPBAR.LE SB0, 0x{STAGES - 2:x}" in figures.sass
+
+
+def test_two_programs_of_a_gradient_reside_on_a_multiprocessor() -> None:
+    # What the planner counts on (`PROGRAMS_PER_SM`), without a trained bias, and without dyb where dy is read twice;
+    # one for fp32 adapters is as wide as two others. Registers are given by eights of a thread's, 64 Ki of them;
+    # of the shared memory 1 KiB of each program is the system's.
+    alone = []
+    for shipped in shipped_tiles("hopper"):
+        if shipped.kernel not in ("bwd_lora_b", "bwd_lora_a", "bwd_dx_lora_a"):
+            continue
+        for variant in variants(shipped):
+            flags = dict(variant.flags)
+            if shipped.kernel == "bwd_lora_b":
+                one_read = 8 * shipped.tile.block_r <= shipped.tile.block_n * (4 if shipped.width == "32" else 2)
+                flags |= {"NEEDS_D_BIAS": False, "NEEDS_DYB": one_read}
+            figures = figures_of(shipped, Variant(variant.unit_strides, flags), "sm_90")
+            by_registers = (1 << 16) // (-(-figures.registers // 8) * 8 * 32 * shipped.tile.num_warps)
+            by_shared = 228 * 1024 // (figures.shared_bytes + 1024)
+            if min(by_registers, by_shared) < PROGRAMS_PER_SM:
+                alone.append((shipped.kernel, shipped.width, shipped.tile.num_warps))
+    assert alone == [("bwd_dx_lora_a", "mixed", 8)]
 
 
 HOPPER_GEMM = next(
@@ -186,6 +215,20 @@ def test_the_hopper_gemm_runs_on_wgmma_and_tma() -> None:
         assert opcodes["HGMMA"] > 0
         assert opcodes["UTMALDG"] > 0
         assert opcodes["UTMASTG"] > 0
+
+
+def test_hopper_products_do_not_wait_for_each_other() -> None:
+    # wgmma is asynchronous unless the assembler finds other instructions on accumulators in flight (its C7515).
+    # one_pass at r = 128 and dA under dropout are left: the first is not memory's to wait for, the second the mask's.
+    kernels = ("shrink", "gemm_expand", "gemm_expand_tma", "bwd_lora_b")
+    for shipped in shipped_tiles("hopper"):
+        if shipped.kernel not in kernels or shipped.width != "16" or shipped.dropout:
+            continue
+        for variant in variants(shipped):
+            flags = variant.flags | {name: False for name in ("HAS_BIAS", "NEEDS_D_BIAS") if name in variant.flags}
+            figures = figures_of(shipped, Variant(variant.unit_strides, flags), "sm_90")
+            waits = len(re.findall(r"WARPGROUP\.DEPBAR", figures.sass))
+            assert waits < figures.opcodes["HGMMA"], f"{shipped}: {waits} of {figures.opcodes['HGMMA']}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
