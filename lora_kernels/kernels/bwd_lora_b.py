@@ -36,9 +36,10 @@ def bwd_lora_b_kernel(
     NEEDS_DYB: tl.constexpr, NEEDS_D_B: tl.constexpr, NEEDS_D_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # With dyb first, the assembler waits for each single wgmma of both products; in fp32 the other order spills.
+    # With dyb first, the assembler waits for each single wgmma of both products. The other order takes more registers:
+    # in fp32, and at ranks for which a plan reads dy twice anyway, some GPU's tile spills.
     IS_MIXED: tl.constexpr = dy_ptr.dtype.element_ty != b_ptr.dtype.element_ty
-    DYB_LAST: tl.constexpr = (dy_ptr.dtype.element_ty != tl.float32) and not IS_MIXED
+    DYB_LAST: tl.constexpr = (dy_ptr.dtype.element_ty != tl.float32) and not IS_MIXED and BLOCK_R <= 32
     pid_n, pid_split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -195,20 +195,23 @@ def test_the_reduction_has_no_faults(target: str, dtype: str) -> None:
         assert f"DEPBAR.LE SB0, 0x{STAGES - 2:x}" in figures.sass
 
 
+def planned(shipped: ShippedTile, variant: Variant) -> Variant:
+    """Of dB's kernel what a plan asks for without a trained bias: dyb beside it only where its shares are few."""
+    if shipped.kernel != "bwd_lora_b":
+        return variant
+    one_read = 8 * shipped.tile.block_r <= shipped.tile.block_n * (4 if shipped.width == "32" else 2)
+    return Variant(variant.unit_strides, variant.flags | {"NEEDS_D_BIAS": False, "NEEDS_DYB": one_read})
+
+
 def test_two_programs_of_a_gradient_reside_on_a_multiprocessor() -> None:
-    # What the planner counts on (`PROGRAMS_PER_SM`), without a trained bias, and without dyb where dy is read twice;
-    # one for fp32 adapters is as wide as two others. Registers are given by eights of a thread's, 64 Ki of them;
-    # of the shared memory 1 KiB of each program is the system's.
+    # What the planner counts on (`PROGRAMS_PER_SM`); one for fp32 adapters is as wide as two others. Registers are given
+    # by eights of a thread's, 64 Ki of them; of the shared memory 1 KiB of each program is the system's.
     alone = []
     for shipped in shipped_tiles("hopper"):
         if shipped.kernel not in ("bwd_lora_b", "bwd_lora_a", "bwd_dx_lora_a"):
             continue
         for variant in variants(shipped):
-            flags = dict(variant.flags)
-            if shipped.kernel == "bwd_lora_b":
-                one_read = 8 * shipped.tile.block_r <= shipped.tile.block_n * (4 if shipped.width == "32" else 2)
-                flags |= {"NEEDS_D_BIAS": False, "NEEDS_DYB": one_read}
-            figures = figures_of(shipped, Variant(variant.unit_strides, flags), "sm_90")
+            figures = figures_of(shipped, planned(shipped, variant), "sm_90")
             by_registers = (1 << 16) // (-(-figures.registers // 8) * 8 * 32 * shipped.tile.num_warps)
             by_shared = 228 * 1024 // (figures.shared_bytes + 1024)
             if min(by_registers, by_shared) < PROGRAMS_PER_SM:
@@ -237,8 +240,7 @@ def test_hopper_products_do_not_wait_for_each_other() -> None:
         if shipped.kernel not in kernels or shipped.width != "16" or shipped.dropout:
             continue
         for variant in variants(shipped):
-            flags = variant.flags | {name: False for name in ("HAS_BIAS", "NEEDS_D_BIAS") if name in variant.flags}
-            figures = figures_of(shipped, Variant(variant.unit_strides, flags), "sm_90", rank_by_16=True)
+            figures = figures_of(shipped, planned(shipped, variant), "sm_90", rank_by_16=True)
             waits = len(re.findall(r"WARPGROUP\.DEPBAR", figures.sass))
             assert waits < figures.opcodes["HGMMA"], f"{shipped}: {waits} of {figures.opcodes['HGMMA']}"
 
