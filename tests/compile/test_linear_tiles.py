@@ -204,7 +204,7 @@ def planned(shipped: ShippedTile, variant: Variant) -> Variant:
 
 
 def test_two_programs_of_a_gradient_reside_on_a_multiprocessor() -> None:
-    # What the planner counts on (`PROGRAMS_PER_SM`); one for fp32 adapters is as wide as two others. Registers are given
+    # What the planner counts on (`PROGRAMS_PER_SM`); one for fp32 adapters is as wide as two others. Registers come
     # by eights of a thread's, 64 Ki of them; of the shared memory 1 KiB of each program is the system's.
     alone = []
     for shipped in shipped_tiles("hopper"):
