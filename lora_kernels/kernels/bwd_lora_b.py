@@ -21,6 +21,13 @@ from lora_kernels.kernels.reduce_partials import reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
+@triton.jit
+def store_share(dyb_ptr, dy, b, offs, mask, PRECISION: tl.constexpr):
+    """This column tile's share of dyb, dy [BLOCK_M, BLOCK_N] times b [BLOCK_N, BLOCK_R]."""
+    acc = tl.zeros((dy.shape[0], b.shape[1]), tl.float32)
+    tl.store(dyb_ptr + offs, low_rank_dot(dy, b, acc, PRECISION), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
 def bwd_lora_b_kernel(
     dy_ptr, b_ptr, xa_ptr, dyb_ptr, d_b_ptr, d_bias_ptr,
@@ -29,6 +36,10 @@ def bwd_lora_b_kernel(
     NEEDS_DYB: tl.constexpr, NEEDS_D_B: tl.constexpr, NEEDS_D_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    # With dyb first, the assembler waits for each single wgmma of both products. The other order takes more registers:
+    # in fp32, and at ranks for which a plan reads dy twice anyway, some GPU's tile spills.
+    IS_MIXED: tl.constexpr = dy_ptr.dtype.element_ty != b_ptr.dtype.element_ty
+    DYB_LAST: tl.constexpr = (dy_ptr.dtype.element_ty != tl.float32) and not IS_MIXED and BLOCK_R <= 32
     pid_n, pid_split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -55,12 +66,13 @@ def bwd_lora_b_kernel(
         )
         offs_rank = rows[:, None] * R + offs_r[None, :]
         mask_rank = mask_m[:, None] & mask_r[None, :]
-        if NEEDS_DYB:
-            share = low_rank_dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
-            tl.store(dyb_ptr + offs_rank, share, mask=mask_rank)
+        if NEEDS_DYB and not DYB_LAST:
+            store_share(dyb_ptr, dy, b, offs_rank, mask_rank, PRECISION)
         if NEEDS_D_B:
             xa = tl.load(xa_ptr + offs_rank, mask=mask_rank, other=0.0)  # [BLOCK_M, BLOCK_R]
             acc_b = low_rank_dot(tl.trans(dy), xa, acc_b, PRECISION)
+        if NEEDS_DYB and DYB_LAST:
+            store_share(dyb_ptr, dy, b, offs_rank, mask_rank, PRECISION)
         if NEEDS_D_BIAS:
             acc_bias, lost_bias = kahan_add(acc_bias, lost_bias, tl.sum(dy.to(tl.float32), axis=0))
 

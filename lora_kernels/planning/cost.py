@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kernels.planning.tiles import Width, padded_rank, table_of
+from lora_kernels.planning.tiles import Width, padded_rank, table_of, tile_of
 
 if TYPE_CHECKING:
     from lora_kernels.planning.plan import Problem, Way
@@ -88,12 +88,21 @@ class Costs:
             converted = 2 * self._conversion(p.M, p.N) + 2 * self._conversion(p.M, p.K)
             rank_sized = 2 * read_dy + read_x + converted + self._torch_mask()
         else:
-            rank_sized = read_dy + max(read_x, self._mask("streamed"))
+            rank_sized = read_dy + self._dyb() + max(read_x, self._mask("streamed"))
         if way.strategy in ("fused", "persistent"):
             gemm = self._gemm(self._rate()) + self._mask("accumulator")
         else:  # dx holds its low-rank term before the library adds to it
             gemm = self._pass(p.M, p.K, 1) + self._gemm(1.0, extra_bytes=p.M * p.K * p.dtype.itemsize)
         return rank_sized + gemm + BACKWARD_LAUNCHES * LAUNCH_US
+
+    def _dyb(self) -> float:
+        """Beside dB from dy: fp32 shares of dyb, written and read again, or dy once more where that is less."""
+        p = self._problem
+        tile = tile_of(p.family, p.width, "bwd_lora_b", rank=p.R)
+        again = self._pass(p.M, p.N, 1)
+        if tile is None or tile.block_r < p.R:
+            return again
+        return min(again, self._pass(p.M, p.N, 2 * p.R / tile.block_n, itemsize=4))
 
     def _torch_mask(self) -> float:
         p = self._problem

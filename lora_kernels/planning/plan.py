@@ -29,6 +29,12 @@ UPCAST_ROWS = 16
 SPLITS_MAX = 64
 ONE_PASS_STEPS = 4
 """Steps of K that a split of `one_pass` has at least, to be worth its share of the partial sums."""
+PROGRAMS_PER_SM = 2
+"""Of a gradient's kernel, whose shares are added up whatever their number. One program's four warps, a warp for each
+scheduler, leave a multiprocessor idle at every barrier and have 8 to 32 KiB on their way from memory, of which an H200
+wants 26 KiB all the time (4.3 TB/s over 132 for 0.8 us). Two reside together, or one of twice the warps."""
+STEPS_OF_A_SECOND = 4
+"""Rows of tiles that each split has at least where a multiprocessor gets a second one."""
 OLDEST_SM = 80
 MODEL_MARGIN = 1.05
 """What a way must win over the library's by, in the model, to be taken unmeasured: its rates are no better known."""
@@ -261,8 +267,8 @@ def kernel_choices(problem: Problem) -> Plan:
     shrink, lora_a, lora_b = table["shrink"], table["bwd_lora_a"], table["bwd_lora_b"]
     dx_lora_a = table["bwd_dx_lora_a_dropout"]
     shrink_tiles = _tiles(m, shrink.block_m) * _tiles(rank, shrink.block_r)
-    # Each column tile of dy writes M R fp32 shares of dyb: more than the dy that a second read would cost, and not one.
-    shares_outweigh_dy = 4 * rank > lora_b.block_n * problem.dtype.itemsize
+    # Each column tile of dy has M R fp32 shares of dyb, written and read again, where a second look reads the tile.
+    shares_outweigh_dy = 2 * 4 * rank > lora_b.block_n * problem.dtype.itemsize
     one_read = rank <= lora_b.block_r and not shares_outweigh_dy
     return Plan(
         backend="triton",
@@ -276,13 +282,13 @@ def kernel_choices(problem: Problem) -> Plan:
         one_pass_splits=one_pass_splits,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
-        d_lora_A_splits=_splits(
+        d_lora_A_splits=_splits_of_gradient(
             problem, _tiles(k, lora_a.block_k) * _tiles(rank, lora_a.block_r), _tiles(m, lora_a.block_m)
         ),
-        d_lora_B_splits=_splits(
+        d_lora_B_splits=_splits_of_gradient(
             problem, _tiles(n, lora_b.block_n) * _tiles(rank, lora_b.block_r), _tiles(m, lora_b.block_m)
         ),
-        dx_lora_A_splits=_splits(
+        dx_lora_A_splits=_splits_of_gradient(
             problem, _tiles(k, dx_lora_a.block_k) * _tiles(rank, dx_lora_a.block_r), _tiles(m, dx_lora_a.block_m)
         ),
         tiles=tuple(table.items()),
@@ -296,6 +302,12 @@ def _tiles(size: int, block: int) -> int:
 def _splits(problem: Problem, programs: int, steps: int) -> int:
     """How many ways to split a reduction of `steps` so that about one program sits on every multiprocessor."""
     return max(1, min(problem.sm_count // max(programs, 1), steps, SPLITS_MAX))
+
+
+def _splits_of_gradient(problem: Problem, programs: int, steps: int) -> int:
+    """The same with `PROGRAMS_PER_SM`, as long as each has steps enough to fill its pipeline."""
+    more = min(PROGRAMS_PER_SM * problem.sm_count // programs, steps // STEPS_OF_A_SECOND, SPLITS_MAX)
+    return max(_splits(problem, programs, steps), more)
 
 
 def _cheapest(

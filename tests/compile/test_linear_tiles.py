@@ -1,6 +1,7 @@
 """Every shipped tile of every kernel, compiled for every GPU it can be chosen for: no spills, shared memory within
 limits."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from lora_kernels.kernels.expand import expand_kernel
 from lora_kernels.kernels.gemm_expand import gemm_expand_kernel
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
 from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
-from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials_kernel
+from lora_kernels.kernels.reduce_partials import BLOCK, STAGES, reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
+from lora_kernels.planning.plan import PROGRAMS_PER_SM
 from lora_kernels.planning.tiles import (
     FAMILY_OF_ARCH,
     MAX_RANK,
@@ -103,8 +105,19 @@ def variants(shipped: ShippedTile) -> list[Variant]:
     raise AssertionError(shipped.kernel)
 
 
-def figures_of(shipped: ShippedTile, variant: Variant, target: str, dtypes: tuple[str, str] | None = None) -> Figures:
-    """dtypes: of the large tensors and of the adapters; None: those that the tile's width is named for."""
+def figures_of(
+    shipped: ShippedTile,
+    variant: Variant,
+    target: str,
+    dtypes: tuple[str, str] | None = None,
+    *,
+    rank_by_16: bool = False,
+) -> Figures:
+    """dtypes: of the large tensors and of the adapters; None: those that the tile's width is named for.
+
+    rank_by_16: as for a rank of 16, 32, ..., whose rows are copied asynchronously; else as for any, which takes more
+    registers.
+    """
     kernel, tile = KERNELS[shipped.kernel], shipped.tile
     if dtypes is None:
         dtypes = {"16": ("bf16", "bf16"), "mixed": ("bf16", "fp32"), "32": ("fp32", "fp32")}[shipped.width]
@@ -128,6 +141,7 @@ def figures_of(shipped: ShippedTile, variant: Variant, target: str, dtypes: tupl
         "scale": "fp32",
     }
     signature, constexprs, aligned = {}, {}, set()
+    unaligned = {"threshold", "splits", "M"} | (set() if rank_by_16 else {"R"})
     for name in kernel.arg_names:
         if name in known:
             constexprs[name] = known[name]
@@ -140,7 +154,7 @@ def figures_of(shipped: ShippedTile, variant: Variant, target: str, dtypes: tupl
             signature[name] = "*fp32" if is_share else "*" + (adapter if name in OF_ADAPTERS else dtype)
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or (signature[name] == "i32" and name not in ("threshold", "splits", "M", "R")):
+        if name.endswith("_ptr") or (signature[name] == "i32" and name not in unaligned):
             aligned.add(name)
     return compile_only(kernel, signature, constexprs, target, tile.num_warps, tile.num_stages, aligned)
 
@@ -171,8 +185,38 @@ def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_reduction_has_no_faults(target: str, dtype: str) -> None:
     signature = {"partials_ptr": "*fp32", "out_ptr": f"*{dtype}", "splits": "i32", "elements": "i32", "scale": "fp32"}
-    constexprs = {"BLOCK": BLOCK, "LAUNCHES_DEPENDENTS": False}
-    assert compile_only(reduce_partials_kernel, signature, constexprs, target, 4, 1).faults() == []
+    constexprs = {"BLOCK": BLOCK, "STAGES": STAGES, "LAUNCHES_DEPENDENTS": False}
+    figures = compile_only(reduce_partials_kernel, signature, constexprs, target, 4, 1, ("partials_ptr", "out_ptr"))
+    assert figures.faults() == []
+    if target.startswith("sm_"):
+        # A chain of shares must not wait for each in turn: all but one of the ring are on their way before the first
+        # wait. The assembler numbers the groups that may stay unfinished.
+        assert figures.sequence[: figures.sequence.index("DEPBAR")].count("LDGDEPBAR") == STAGES - 1
+        assert f"DEPBAR.LE SB0, 0x{STAGES - 2:x}" in figures.sass
+
+
+def planned(shipped: ShippedTile, variant: Variant) -> Variant:
+    """Of dB's kernel what a plan asks for without a trained bias: dyb beside it only where its shares are few."""
+    if shipped.kernel != "bwd_lora_b":
+        return variant
+    one_read = 8 * shipped.tile.block_r <= shipped.tile.block_n * (4 if shipped.width == "32" else 2)
+    return Variant(variant.unit_strides, variant.flags | {"NEEDS_D_BIAS": False, "NEEDS_DYB": one_read})
+
+
+def test_two_programs_of_a_gradient_reside_on_a_multiprocessor() -> None:
+    # What the planner counts on (`PROGRAMS_PER_SM`); one for fp32 adapters is as wide as two others. Registers come
+    # by eights of a thread's, 64 Ki of them; of the shared memory 1 KiB of each program is the system's.
+    alone = []
+    for shipped in shipped_tiles("hopper"):
+        if shipped.kernel not in ("bwd_lora_b", "bwd_lora_a", "bwd_dx_lora_a"):
+            continue
+        for variant in variants(shipped):
+            figures = figures_of(shipped, planned(shipped, variant), "sm_90")
+            by_registers = (1 << 16) // (-(-figures.registers // 8) * 8 * 32 * shipped.tile.num_warps)
+            by_shared = 228 * 1024 // (figures.shared_bytes + 1024)
+            if min(by_registers, by_shared) < PROGRAMS_PER_SM:
+                alone.append((shipped.kernel, shipped.width, shipped.tile.num_warps))
+    assert alone == [("bwd_dx_lora_a", "mixed", 8)]
 
 
 HOPPER_GEMM = next(
@@ -186,6 +230,19 @@ def test_the_hopper_gemm_runs_on_wgmma_and_tma() -> None:
         assert opcodes["HGMMA"] > 0
         assert opcodes["UTMALDG"] > 0
         assert opcodes["UTMASTG"] > 0
+
+
+def test_hopper_products_do_not_wait_for_each_other() -> None:
+    # wgmma is asynchronous unless the assembler finds other instructions on accumulators in flight (its C7515).
+    # one_pass at r = 128 and dA under dropout are left: the first is not memory's to wait for, the second the mask's.
+    kernels = ("shrink", "gemm_expand", "gemm_expand_tma", "bwd_lora_b")
+    for shipped in shipped_tiles("hopper"):
+        if shipped.kernel not in kernels or shipped.width != "16" or shipped.dropout:
+            continue
+        for variant in variants(shipped):
+            figures = figures_of(shipped, planned(shipped, variant), "sm_90", rank_by_16=True)
+            waits = len(re.findall(r"WARPGROUP\.DEPBAR", figures.sass))
+            assert waits < figures.opcodes["HGMMA"], f"{shipped}: {waits} of {figures.opcodes['HGMMA']}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])

@@ -143,7 +143,8 @@ def test_dy_is_read_once_only_where_its_shares_are_smaller(width):
         told = plan("triton", r=r, width=width)
         tile = told.tile("bwd_lora_b")
         itemsize = 4 if width == "32" else 2
-        assert (told.dy_reads == 1) == (r <= tile.block_r and 4 * r <= tile.block_n * itemsize)
+        # Of each row of a tile: fp32 shares written and read again, against dy read again.
+        assert (told.dy_reads == 1) == (r <= tile.block_r and (4 + 4) * r <= tile.block_n * itemsize)
 
 
 def test_auto_prefers_kernels_where_the_library_needs_passes_over_x():
@@ -206,11 +207,16 @@ def test_splits(sm_count, m, n, k):
     for splits, programs, steps in (
         (told.xa_splits, -(-m // shrink.block_m), -(-k // shrink.block_k)),
         (told.dyb_splits, -(-m // shrink.block_m), -(-n // shrink.block_k)),
+    ):
+        assert splits == max(1, min(sm_count // programs, steps, 64))
+    # A gradient's, whose shares are added up in any case, for two programs on each multiprocessor, of four steps each.
+    for splits, programs, steps in (
         (told.d_lora_A_splits, -(-k // lora_a.block_k), -(-m // lora_a.block_m)),
         (told.dx_lora_A_splits, -(-k // dx_lora_a.block_k), -(-m // dx_lora_a.block_m)),
         (told.d_lora_B_splits, -(-n // lora_b.block_n), -(-m // lora_b.block_m)),
     ):
-        assert splits == max(1, min(sm_count // programs, steps, 64))
+        once = max(1, min(sm_count // programs, steps, 64))
+        assert splits == max(once, min(2 * sm_count // programs, steps // 4, 64))
 
 
 @pytest.mark.parametrize("rank", range(1, 513))
