@@ -116,8 +116,8 @@ def test_the_ranks_that_the_document_names(arch):
 
     assert {served(rank, "16", "forward") for rank in (1, 16, 64, 512)} == {"triton"}
     for width, direction, last, first in (
-        ("16", "backward", 12, 26),
-        ("32", "backward", 12, 26),
+        ("16", "backward", 12, 33),
+        ("32", "backward", 12, 33),
         ("32", "forward", 76, 246),
     ):
         assert served(last, width, direction) == "triton"
