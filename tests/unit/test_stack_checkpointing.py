@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lora_kernels import LoRALinear
@@ -27,6 +28,47 @@ def checkpointed(function, reentrant):
     return lambda x: checkpoint(function, x, use_reentrant=reentrant)
 
 
+doubled_calls = []
+
+
+@torch.library.custom_op("lora_kernels_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    doubled_calls.append(x.shape)
+    return 2 * x
+
+
+doubled.register_fake(torch.empty_like)
+
+
+class Squared(torch.autograd.Function):
+    """4 x^2; saves what its op returned, as this package's nodes do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = doubled(x)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        return 4 * y * dy
+
+
+@pytest.fixture(scope="module")
+def compiled_checkpoints_replay():
+    """Whether a checkpoint that is compiled replays an autograd.Function, whoever wrote it.
+
+    torch 2.11 marks the calls in the checkpointed graph, but not those inside a Function's: it keeps their results.
+    """
+    torch.compiler.reset()
+    doubled_calls.clear()
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(checkpointed(Squared.apply, False), backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 8.0))
+    return len(doubled_calls) == 2
+
+
 # inductor takes its time: one of each place.
 CASES = [
     *product([LoRALinear, BranchLayer], ["aot_eager"], ["inside", "outside"], [True, False]),
@@ -36,7 +78,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layer", "compiler", "place", "reentrant"), CASES)
-def test_compiled_with_dropout(monkeypatch, layer, compiler, place, reentrant):
+def test_compiled_with_dropout(monkeypatch, compiled_checkpoints_replay, layer, compiler, place, reentrant):
+    forwards = 2 * LAYERS if place == "outside" or compiled_checkpoints_replay else LAYERS
     model, x = chain(layer)
     compiled = partial(torch.compile, backend=compiler, fullgraph=True)
     inner, outer = (model, compiled) if place == "inside" else (compiled(model), lambda call: call)
@@ -45,7 +88,7 @@ def test_compiled_with_dropout(monkeypatch, layer, compiler, place, reentrant):
     for _ in range(2):
         with counted_forwards(monkeypatch) as count:
             y = assert_one_mask(model, x, call)
-        assert count == [2 * LAYERS]  # the replay runs it again, also where the compiler sees both
+        assert count == [forwards]
         masks.add(y.sum().item())
     assert len(masks) == 2
 
