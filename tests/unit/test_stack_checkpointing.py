@@ -5,12 +5,18 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lora_kernels import LoRALinear
 from lora_kernels.ops import branch_forward, linear_forward
-from tests.stack_cases import BranchLayer, assert_one_mask, chain, compiler_warnings, counted_forwards
+from tests.stack_cases import (
+    BranchLayer,
+    assert_one_mask,
+    chain,
+    compiled_checkpoints_replay,
+    compiler_warnings,
+    counted_forwards,
+)
 
 pytestmark = compiler_warnings
 
@@ -28,45 +34,9 @@ def checkpointed(function, reentrant):
     return lambda x: checkpoint(function, x, use_reentrant=reentrant)
 
 
-doubled_calls = []
-
-
-@torch.library.custom_op("lora_kernels_tests::doubled", mutates_args=())
-def doubled(x: Tensor) -> Tensor:
-    doubled_calls.append(x.shape)
-    return 2 * x
-
-
-doubled.register_fake(torch.empty_like)
-
-
-class Squared(torch.autograd.Function):
-    """4 x^2; saves what its op returned, as this package's nodes do."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = doubled(x)
-        ctx.save_for_backward(y)
-        return y * y
-
-    @staticmethod
-    def backward(ctx, dy):
-        (y,) = ctx.saved_tensors
-        return 4 * y * dy
-
-
 @pytest.fixture(scope="module")
-def compiled_checkpoints_replay():
-    """Whether a checkpoint that is compiled replays an autograd.Function, whoever wrote it.
-
-    torch 2.11 marks the calls in the checkpointed graph, but not those inside a Function's: it keeps their results.
-    """
-    torch.compiler.reset()
-    doubled_calls.clear()
-    x = torch.ones(3, requires_grad=True)
-    torch.compile(checkpointed(Squared.apply, False), backend="aot_eager", fullgraph=True)(x).sum().backward()
-    assert torch.equal(x.grad, torch.full((3,), 8.0))
-    return len(doubled_calls) == 2
+def replays():
+    return compiled_checkpoints_replay()
 
 
 # inductor takes its time: one of each place.
@@ -78,8 +48,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layer", "compiler", "place", "reentrant"), CASES)
-def test_compiled_with_dropout(monkeypatch, compiled_checkpoints_replay, layer, compiler, place, reentrant):
-    forwards = 2 * LAYERS if place == "outside" or compiled_checkpoints_replay else LAYERS
+def test_compiled_with_dropout(monkeypatch, replays, layer, compiler, place, reentrant):
+    forwards = 2 * LAYERS if place == "outside" or replays else LAYERS
     model, x = chain(layer)
     compiled = partial(torch.compile, backend=compiler, fullgraph=True)
     inner, outer = (model, compiled) if place == "inside" else (compiled(model), lambda call: call)
