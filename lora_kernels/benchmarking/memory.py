@@ -56,7 +56,8 @@ def peak_bytes(fn: Callable[[], object], *, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     # Kineto announces each start and stop on stderr, in the middle of whatever table is being printed.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # One cycle, so nothing accumulates: without the option torch 2.11 warns that a cycle forgets those before it.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = fn()
     del result
     with tempfile.TemporaryDirectory() as folder:

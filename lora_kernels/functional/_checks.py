@@ -65,7 +65,9 @@ def check_scaling(scaling: object) -> None:
 
 def check_finite(name: str, scaling: object) -> None:
     """A finite number, in the range of a float."""
-    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not abs(scaling) <= sys.float_info.max:
+    # Not abs(): of a float, torch 2.11's Dynamo writes a call into the graph, on which its optimiser for DDP breaks.
+    most = sys.float_info.max
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not -most <= scaling <= most:
         raise ArgumentError(f"{name} must be a finite number, usually lora_alpha / r; got {scaling!r}.")
 
 

@@ -45,11 +45,13 @@ class LoRALinearFunction(torch.autograd.Function):
         run: Callable[..., tuple[Tensor, ...]] = (
             _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.linear_backward
         )
-        *gradients, d_bias = run(
+        # By name: `*others, d_bias = ...` makes a list, but a tuple where torch 2.11's Dynamo traces it.
+        d_x, d_weight, d_lora_A, d_lora_B, d_bias = run(
             dy, x, weight, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, list(ctx.needs), ctx.backend
         )
-        # Not gradients.append: torch 2.11's tracer takes what a star collects for a tuple.
-        gradients = [*gradients, d_bias.to(ctx.bias_dtype) if ctx.needs.bias else d_bias]
+        if ctx.needs.bias:
+            d_bias = d_bias.to(ctx.bias_dtype)
+        gradients = d_x, d_weight, d_lora_A, d_lora_B, d_bias
         kept = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
         return (*kept, None, None, None, None)
 

@@ -228,7 +228,7 @@ def servable_adapter(layer: Any, plain: tuple[type, ...] = _PLAIN) -> tuple[str 
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0 or not scaling.is_floating_point():
             return None, "its scaling is a tensor that is not one floating-point number"
-    elif type(scaling) not in (float, int) or not abs(scaling) <= _LARGEST:
+    elif type(scaling) not in (float, int) or not -_LARGEST <= scaling <= _LARGEST:
         return None, "its scaling is not a finite number"
     return name, ""
 

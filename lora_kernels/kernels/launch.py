@@ -104,7 +104,8 @@ class Launch(NamedTuple):
 
 def is_profiled() -> bool:
     """Whether a profiler wants to hear of each launch from Triton."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # either may be set to None
+    return bool((before and before.calls) or (after and after.calls))
 
 
 def ceil_div(size: int, block: int) -> int:
