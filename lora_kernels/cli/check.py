@@ -1,7 +1,7 @@
 """`lora-kernels check`: every backend that this machine can serve, against fp64.
 
 What a user runs on a new GPU. For each device, backend and strategy, in every dtype: y and every gradient within twice
-the error that eager PyTorch makes in that dtype, no value read from unwritten memory, the same bits from three runs,
+the error that eager PyTorch makes in that dtype, no value read from unwritten memory, the same bits from run to run,
 and the dropout masks of forward and backward equal to the specification's, bit by bit. Rows of the strategy `branch`
 are `lora_branch` as the backend plans it; the others are `lora_linear`.
 """
@@ -336,11 +336,11 @@ def _call(job: Job) -> Callable[[Any], dict[str, Tensor]]:
 
 def _check_numbers(job: Job, inputs: Inputs, truth: dict[str, Tensor], eager: dict[str, Tensor]) -> Row:
     call = _call(job)
-    # A call's kernels are launched as written, then recorded, then repeated: each way once. Interpreted, which is one
-    # thread, in order, another run would be for nothing.
-    interpreted = job.backend == "triton" and config.INTERPRETED
+    # Kernels are launched as written, then recorded, then repeated: each way once. Interpreted, which is one thread, in
+    # order, another run would be for nothing.
+    runs = 2 if job.backend != "triton" else 1 if config.INTERPRETED else 3
     with poisoned_allocation():
-        actual, *others = [call(inputs) for _ in range(1 if interpreted else 3)]
+        actual, *others = [call(inputs) for _ in range(runs)]
     if actual.keys() != truth.keys():
         return _row(job, "", math.inf, math.nan, math.nan, f"returned {sorted(actual)}, not {sorted(truth)}")
     found = budget_rows(_on_cpu(actual), eager, truth)
