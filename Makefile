@@ -43,8 +43,9 @@ $(READY): pyproject.toml
 test: test-unit test-distributed test-interpret test-compile ## run every test that needs no GPU
 
 # One thread per worker here, too: the tests' tensors are small, and threads that wait for each other's cores spin.
+# The longest tests, whole tutorials, come first: last, they would leave one worker waiting for a minute.
 test-unit: $(READY) ## the package's behaviour on CPU, the specification, and PEFT and Transformers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/unit tests/reference tests/interop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/interop tests/unit tests/reference
 
 # One pytest process: its ranks are processes of their own already, and every worker would start a set.
 test-distributed: $(READY) ## DDP, FSDP2 and their checkpoints, on gloo processes of this machine
@@ -56,7 +57,7 @@ test-interpret: $(READY) ## every kernel through Triton's interpreter
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpret
 
 test-compile: $(READY) ## every shipped kernel configuration, compiled for every target
-	$(BIN)/python -m pytest -n $(WORKERS) tests/compile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/compile
 
 $(CONFORMANCE): $(READY)
 	$(PIP) install --quiet --editable '.[dev,conformance]'
