@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.device import expand_dot, keep_tile, load_seed, low_rank_dot
 from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
-from lora_kernels.kernels.reduce_partials import reduce_partials
+from lora_kernels.kernels.reduce_partials import Reduction, reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
@@ -116,5 +116,5 @@ def bwd_dx_lora_a(
     if partials is None:
         return dx, None
     d_lora_A = torch.empty((r, k), dtype=dyb.dtype, device=dyb.device)
-    reduce_partials(partials=partials, scale=1.0, out=d_lora_A)
+    reduce_partials([Reduction(partials, d_lora_A)])
     return dx, d_lora_A

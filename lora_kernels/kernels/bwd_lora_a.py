@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot
 from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
-from lora_kernels.kernels.reduce_partials import reduce_partials
+from lora_kernels.kernels.reduce_partials import Reduction, reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
@@ -73,5 +73,5 @@ def bwd_lora_a(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     d_lora_A = torch.empty((r, k), dtype=dyb.dtype, device=x.device)
-    reduce_partials(partials=partials, scale=1.0, out=d_lora_A)
+    reduce_partials([Reduction(partials, d_lora_A)])
     return d_lora_A

@@ -4,8 +4,8 @@
 
 The two products reduce dy in different directions, so a program owns one column tile and a run of row tiles: it adds dB
 and db over its rows in registers, and writes the column tile's share of dyb for each row tile. Grid (column tiles, row
-splits, rank tiles). All shares are fp32 and added in fixed order by `reduce_partials`: no atomics, the same bits each
-time.
+splits, rank tiles). All shares are fp32 and added in fixed order by one launch of `reduce_partials`: no atomics, the
+same bits each time.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.device import kahan_add, low_rank_dot
 from lora_kernels.kernels.launch import ceil_div, launch, split_in_blocks
-from lora_kernels.kernels.reduce_partials import reduce_partials
+from lora_kernels.kernels.reduce_partials import Reduction, reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
@@ -125,15 +125,15 @@ def bwd_lora_b(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
-    def reduced(partials: Tensor | None, factor: float, dtype: torch.dtype | None) -> Tensor | None:
+    def reduction(partials: Tensor | None, scale: float, dtype: torch.dtype | None) -> Reduction | None:
         if partials is None:
             return None
-        out = torch.empty(partials.shape[1:], dtype=dtype, device=dy.device)
-        reduce_partials(partials=partials, scale=factor, out=out)
-        return out
+        return Reduction(partials, torch.empty(partials.shape[1:], dtype=dtype, device=dy.device), scale)
 
-    return LoRABGradients(
-        dyb=reduced(dyb, scale, lora_B.dtype),
-        d_lora_B=reduced(d_lora_B, 1.0, lora_B.dtype),
-        d_bias=reduced(d_bias, 1.0, bias_dtype),
+    found = (
+        reduction(dyb, scale, lora_B.dtype),
+        reduction(d_lora_B, 1.0, lora_B.dtype),
+        reduction(d_bias, 1.0, bias_dtype),
     )
+    reduce_partials([reduction for reduction in found if reduction is not None])
+    return LoRABGradients(*(None if reduction is None else reduction.out for reduction in found))

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot
 from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
-from lora_kernels.kernels.reduce_partials import reduce_partials
+from lora_kernels.kernels.reduce_partials import Reduction, reduce_partials
 from lora_kernels.planning.tiles import Tile
 
 
@@ -96,5 +96,5 @@ def shrink(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        reduce_partials(partials=target, scale=scale, out=out, launches_dependents=launches_dependents)
+        reduce_partials([Reduction(target, out, scale)], launches_dependents=launches_dependents)
     return out

@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels.kernels.interpreter import repaired
-from lora_kernels.kernels.reduce_partials import BLOCK, reduce_partials
+from lora_kernels.kernels.reduce_partials import BLOCK, Reduction, reduce_partials
 
 ULP_OF_ONE = 2.0**-23
 
@@ -11,7 +11,7 @@ ULP_OF_ONE = 2.0**-23
 def reduced(partials: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     out = torch.full(partials.shape[1:], float("nan"))
     with repaired():
-        reduce_partials(partials=partials, scale=scale, out=out)
+        reduce_partials([Reduction(partials, out, scale)])
     return out
 
 
@@ -33,3 +33,24 @@ def test_inf_stays_inf_and_nan_stays_nan():
     assert found[0] == float("inf")
     assert found[1].isnan()
     assert found[2] == -float("inf")
+
+
+def test_reductions_that_share_a_launch_are_those_that_do_not():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {(3, 2 * BLOCK + 1): torch.float32, (5, 7): torch.bfloat16, (1, BLOCK, 3): torch.float32}
+    partials = [torch.randn(shape, generator=generator) for shape in shapes]
+    for count in (1, 2, 3):
+        together = [
+            Reduction(p, torch.full(p.shape[1:], float("nan"), dtype=dtype), scale)
+            for p, dtype, scale in zip(partials[:count], shapes.values(), (2.0, 1.0, 0.5), strict=False)
+        ]
+        alone = [each._replace(out=torch.full_like(each.out, float("nan"))) for each in together]
+        with repaired():
+            reduce_partials(together)
+            for each in alone:
+                reduce_partials([each])
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(one.out, other.out)
+            torch.testing.assert_close(
+                one.out.double(), one.scale * one.partials.double().sum(0), rtol=2**-8, atol=1e-6
+            )
