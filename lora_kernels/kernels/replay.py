@@ -131,6 +131,12 @@ class _Recorder(TorchDispatchMode):
         """Each with the number of allocations before it."""
         self.saw_others = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch would import its compiler at the first operation seen: most of a second, in the second training step,
+        # whose tensors that import's tracebacks kept.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.empty.memory_format:

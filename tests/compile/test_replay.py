@@ -1,5 +1,8 @@
 """Repeated launches, against a driver that records them: what the same call as written launches, with its tensors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import triton
@@ -284,3 +287,14 @@ def test_an_error_while_recording_ends_the_recording(driver):
     failing = False
     turns(run, 2)
     assert isinstance(found(run), Recipe)
+
+
+def test_recording_imports_no_compiler():
+    script = """
+import sys, torch
+from lora_kernels.kernels import replay
+outputs, recipe = replay._recorded(lambda x, plan: (torch.empty(4),), (torch.zeros(4),), (), None)
+assert outputs[0].shape == (4,)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
