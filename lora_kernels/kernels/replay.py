@@ -62,14 +62,19 @@ class Recipe(NamedTuple):
             for place, slot in tensors:
                 args[place] = slots[slot]
             for place, slot, kind, attributes in descriptors:
-                # Not through its constructor, which validates what was validated: 2 us each.
-                descriptor: Any = object.__new__(kind)
-                descriptor.__dict__.update(attributes, base=slots[slot])
-                args[place] = descriptor
+                args[place] = _described(kind, attributes, slots[slot])
             launch.run(stream, args)
+            args.clear()  # so that the slots are the last to hold a tensor
             for slot in last:
                 slots[slot] = None
         return tuple([None if slot is None else slots[slot] for slot in self.outputs])
+
+
+def _described(kind: type, attributes: dict[str, Any], base: Tensor | None) -> Any:
+    # Not through its constructor, which validates what was validated: 2 us each.
+    descriptor: Any = object.__new__(kind)
+    descriptor.__dict__.update(attributes, base=base)
+    return descriptor
 
 
 UNREPEATABLE = "unrepeatable"

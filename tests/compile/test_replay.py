@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -194,6 +196,29 @@ def test_a_recipe_holds_no_tensor_and_lets_go_of_what_is_not_needed_any_more(dri
     first, second, third = found(run).steps
     assert (first.last, second.last, third.last) == ((), (1,), (2,))
     assert not any(isinstance(arg, torch.Tensor) for step in found(run).steps for arg in step.launch.args)
+
+
+def test_memory_that_nothing_needs_any_more_is_free_before_the_next_allocation(driver, monkeypatch):
+    def run(x, plan):
+        for _ in range(4):
+            out = torch.empty(64)
+            add_one(x, out)
+            x = out
+        return (out,)
+
+    turns(run, 2)
+    empty_strided, made, alive = torch.empty_strided, [], []
+
+    def watched(*args, **kwargs):
+        alive.append([index for index, tensor in enumerate(made) if tensor() is not None])
+        out = empty_strided(*args, **kwargs)
+        made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(driver, "raw", deque(maxlen=0))  # or the driver would hold the arguments
+    monkeypatch.setattr(torch, "empty_strided", watched)
+    turns(run, 1)
+    assert alive == [[], [0], [1], [2]]
 
 
 def test_any_other_operation_makes_a_call_unrepeatable(driver):
