@@ -178,7 +178,7 @@ def _recipe(inputs: Inputs, recorder: _Recorder, outputs: Outputs, plan: object)
                 descriptors.append((place, found, type(arg), vars(arg) | {"base": None}))
             else:
                 places.append((place, found))
-        allocations = tuple((t.shape, t.stride(), t.dtype) for t in recorder.allocated[made:count])
+        allocations = tuple(_layout(t) for t in recorder.allocated[made:count])
         made = count
         steps.append(Step(allocations, launch._replace(args=args), tuple(places), tuple(descriptors), ()))
     for output in outputs:
@@ -186,7 +186,7 @@ def _recipe(inputs: Inputs, recorder: _Recorder, outputs: Outputs, plan: object)
             results.append(None)
             continue
         slot = slots.get(output.data_ptr(), 0)
-        if slot < len(inputs) or not _alike(output, tensors[slot]):
+        if slot < len(inputs) or _layout(output) != _layout(recorder.allocated[slot - len(inputs)]):
             return None
         results.append(slot)
     if made < len(recorder.allocated):  # by nobody's launch: not this package's way
@@ -200,5 +200,5 @@ def _recipe(inputs: Inputs, recorder: _Recorder, outputs: Outputs, plan: object)
     return Recipe(tuple(steps), tuple(results), plan)
 
 
-def _alike(output: Tensor, allocated: Tensor | None) -> bool:
-    return allocated is not None and (output.shape, output.dtype) == (allocated.shape, allocated.dtype)
+def _layout(t: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return t.shape, t.stride(), t.dtype
