@@ -9,6 +9,7 @@ Launches, allocations and views can be repeated. The recorder sees every other o
 one runs as written for ever.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,6 +81,9 @@ def _described(kind: type, attributes: dict[str, Any], base: Tensor | None) -> A
 UNREPEATABLE = "unrepeatable"
 SEEN = "seen"
 _recipes: dict[tuple[Any, ...], Recipe | str] = {}
+_recording = threading.Lock()
+"""Held while a call is recorded: PyTorch keeps whether any dispatch mode is on for the whole process and puts it back
+at each exit, so that two threads' modes that overlap could leave it on. A thread that finds it held runs as written."""
 
 
 def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...], plan: object) -> Outputs:
@@ -101,8 +105,11 @@ def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...
     recipe = _recipes.get(key)
     if isinstance(recipe, Recipe):
         return recipe.follow(inputs, present.device, driver.active.get_current_stream(torch.cuda.current_device()))
-    if recipe == SEEN:
-        outputs, recipe = _recorded(run, inputs, values, plan)
+    if recipe == SEEN and _recording.acquire(blocking=False):
+        try:
+            outputs, recipe = _recorded(run, inputs, values, plan)
+        finally:
+            _recording.release()
         _recipes[key] = recipe or UNREPEATABLE
         return outputs
     if recipe is None:

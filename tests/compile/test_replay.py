@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import weakref
 from collections import deque
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lora_kernels.kernels import replay
 from lora_kernels.kernels.launch import launch
@@ -317,6 +319,41 @@ def test_an_error_while_recording_ends_the_recording(driver):
     failing = False
     turns(run, 2)
     assert isinstance(found(run), Recipe)
+
+
+def test_one_thread_records_at_a_time(driver):
+    one_is_inside, other_is_inside, one_is_done = threading.Event(), threading.Event(), threading.Event()
+
+    def one(x, plan):
+        one_is_inside.set()
+        other_is_inside.wait(10)
+        return add_two(x, plan)
+
+    def other(x, plan):
+        other_is_inside.set()
+        one_is_done.wait(10)
+        return add_two(x, plan)
+
+    def in_a_thread():
+        turns(one, 1)
+        one_is_done.set()
+
+    one_is_done.set()
+    other_is_inside.set()
+    for run in (one, other):
+        turns(run, 1)
+    for event in (one_is_inside, other_is_inside, one_is_done):
+        event.clear()
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    one_is_inside.wait(10)
+    turns(other, 1)
+    thread.join()
+    assert not is_in_torch_dispatch_mode()
+    assert isinstance(found(one), Recipe)
+    assert found(other) == replay.SEEN
+    turns(other, 1)
+    assert isinstance(found(other), Recipe)
 
 
 def test_recording_imports_no_compiler():
