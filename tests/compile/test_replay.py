@@ -1,5 +1,6 @@
 """Repeated launches, against a driver that records them: what the same call as written launches, with its tensors."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -280,6 +281,32 @@ def test_an_output_must_be_a_whole_allocation(driver):
     for run in (an_input, a_part, the_other_way):
         turns(run)
         assert found(run) == replay.UNREPEATABLE
+
+
+def test_a_recipe_is_of_one_device(driver, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: driver.device)
+    turns(add_two, 3)
+    of_the_first = {binary for binary, *_ in driver.raw}
+    driver.raw.clear()
+    driver.device = 1
+    turns(add_two, 1)
+    assert of_the_first.isdisjoint(binary for binary, *_ in driver.raw)
+
+
+def test_a_recipe_keeps_its_plan_so_that_no_other_gets_its_id(driver):
+    class SomePlan:
+        pass
+
+    plan = SomePlan()
+    kept = weakref.ref(plan)
+    for _ in range(2):
+        replayed(add_two, (torch.randn(64),), (), plan)
+    del plan
+    gc.collect()
+    assert kept() is not None
+    replay._recipes.clear()
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_full_table_is_emptied_and_goes_on(driver, monkeypatch):
