@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lora_kernels.kernels import replay
@@ -199,6 +200,40 @@ def test_a_recipe_holds_no_tensor_and_lets_go_of_what_is_not_needed_any_more(dri
     first, second, third = found(run).steps
     assert (first.last, second.last, third.last) == ((), (1,), (2,))
     assert not any(isinstance(arg, torch.Tensor) for step in found(run).steps for arg in step.launch.args)
+
+
+def test_a_recorded_call_lets_go_of_memory_as_it_does_unrecorded(driver, monkeypatch):
+    alive, freed = [], []
+
+    def run(x, plan):
+        first, second = torch.empty(64), torch.empty(64)
+        add_one(x, first)
+        add_one(first, second)
+        memory = StorageWeakRef(first.untyped_storage())
+        freed.append(first.data_ptr())
+        del first
+        alive.append(not memory.expired())
+        third = torch.empty(65)
+        add_one(second, third)
+        return (third,)
+
+    # Where memory was let go, the next tensor may be: not only by the chance of this allocator.
+    address = torch.Tensor.data_ptr
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: freed[-1] if t.shape == (65,) else address(t))
+    monkeypatch.setattr(driver, "raw", deque(maxlen=0))  # or the driver would hold the arguments
+    turns(run, 2)
+    assert alive == [False, False]
+    assert [step.tensors for step in found(run).steps] == [((0, 0), (1, 1)), ((0, 1), (1, 2)), ((0, 2), (1, 3))]
+
+
+def test_empty_tensors_are_not_told_apart(driver):
+    def run(x, plan):
+        first, second = torch.empty(0, 64), torch.empty(0, 64)
+        add_one(first, second)
+        return (second,)
+
+    turns(run, 2)
+    assert found(run) == replay.UNREPEATABLE
 
 
 def test_memory_that_nothing_needs_any_more_is_free_before_the_next_allocation(driver, monkeypatch):
