@@ -116,17 +116,22 @@ def run_part(part: Part, log: TextIO, folder: Path, out: Path, timeout_s: float)
     late.start()
     assert process.stdout is not None  # it was asked for
     kept = time.perf_counter()
-    with process.stdout as output:
-        for line in output:
-            print(line, end="", flush=True)
-            log.write(line)
-            if time.perf_counter() - kept > KEEP_S:
-                log.flush()
-                keep(folder, out)
-                kept = time.perf_counter()
-    status = process.wait()
-    in_time = late.is_alive()
-    late.cancel()
+    try:
+        with process.stdout as output:
+            for line in output:
+                print(line, end="", flush=True)
+                log.write(line)
+                if time.perf_counter() - kept > KEEP_S:
+                    log.flush()
+                    keep(folder, out)
+                    kept = time.perf_counter()
+        status = process.wait()
+        in_time = late.is_alive()
+    finally:
+        late.cancel()
+        if process.poll() is None:  # an interrupt reaches this process only, not another session's
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     log.flush()
     keep(folder, out)
     if not in_time:

@@ -9,6 +9,7 @@ Launches, allocations and views can be repeated. The recorder sees every other o
 one runs as written for ever.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,19 +63,27 @@ class Recipe(NamedTuple):
             for place, slot in tensors:
                 args[place] = slots[slot]
             for place, slot, kind, attributes in descriptors:
-                # Not through its constructor, which validates what was validated: 2 us each.
-                descriptor: Any = object.__new__(kind)
-                descriptor.__dict__.update(attributes, base=slots[slot])
-                args[place] = descriptor
+                args[place] = _described(kind, attributes, slots[slot])
             launch.run(stream, args)
+            args.clear()  # so that the slots are the last to hold a tensor
             for slot in last:
                 slots[slot] = None
         return tuple([None if slot is None else slots[slot] for slot in self.outputs])
 
 
+def _described(kind: type, attributes: dict[str, Any], base: Tensor | None) -> Any:
+    # Not through its constructor, which validates what was validated: 2 us each.
+    descriptor: Any = object.__new__(kind)
+    descriptor.__dict__.update(attributes, base=base)
+    return descriptor
+
+
 UNREPEATABLE = "unrepeatable"
 SEEN = "seen"
 _recipes: dict[tuple[Any, ...], Recipe | str] = {}
+_recording = threading.Lock()
+"""Held while a call is recorded: PyTorch keeps whether any dispatch mode is on for the whole process and puts it back
+at each exit, so that two threads' modes that overlap could leave it on. A thread that finds it held runs as written."""
 
 
 def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...], plan: object) -> Outputs:
@@ -96,8 +105,11 @@ def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...
     recipe = _recipes.get(key)
     if isinstance(recipe, Recipe):
         return recipe.follow(inputs, present.device, driver.active.get_current_stream(torch.cuda.current_device()))
-    if recipe == SEEN:
-        outputs, recipe = _recorded(run, inputs, values, plan)
+    if recipe == SEEN and _recording.acquire(blocking=False):
+        try:
+            outputs, recipe = _recorded(run, inputs, values, plan)
+        finally:
+            _recording.release()
         _recipes[key] = recipe or UNREPEATABLE
         return outputs
     if recipe is None:
@@ -111,83 +123,89 @@ def _recorded(
     run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...], plan: object
 ) -> tuple[Outputs, Recipe | None]:
     """The call's outputs, and its recipe if it can be repeated."""
-    recorder = _Recorder()
+    recorder = _Recorder(inputs)
     observer.launched = recorder.launched
     try:
         with recorder:
             outputs = run(*inputs, *values, plan)
     finally:
         observer.launched = None
-    return outputs, None if recorder.saw_others else _recipe(inputs, recorder, outputs, plan)
+    return outputs, recorder.recipe(outputs, plan)
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees what a call does, in order."""
+    """Sees what a call does, in order, and holds nothing of it: the call takes the memory that it takes as written."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.allocated: list[Tensor] = []
-        self.launches: list[tuple[int, Launch]] = []
-        """Each with the number of allocations before it."""
-        self.saw_others = False
+        self.inputs = len(inputs)
+        self.slots: dict[int, int] = {}
+        """By address: of the tensor that is there, or was last."""
+        self.allocated: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
+        self.made = 0
+        """How many of them are some step's."""
+        self.steps: list[Step] = []
+        self.repeatable = True
+        """Every tensor is an input or an allocation, from its beginning, and could not be either of two."""
+        for slot, tensor in enumerate(inputs):
+            if tensor is not None and self.slots.setdefault(tensor.data_ptr(), slot) != slot:
+                self.repeatable = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch would import its compiler at the first operation seen: most of a second, in the second training step,
+        # whose tensors that import's tracebacks kept.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.empty.memory_format:
-            self.allocated.append(out)
+        if func is torch.ops.aten.empty.memory_format and out.numel():  # empty ones share an address
+            self.slots[out.data_ptr()] = self.inputs + len(self.allocated)
+            self.allocated.append(_layout(out))
         elif not func.is_view:
-            self.saw_others = True
+            self.repeatable = False
         return out
 
     def launched(self, launch: Launch) -> None:
-        self.launches.append((len(self.allocated), launch))
-
-
-def _recipe(inputs: Inputs, recorder: _Recorder, outputs: Outputs, plan: object) -> Recipe | None:
-    """None if some tensor is neither an input nor an allocation from its beginning, or could be either of two."""
-    tensors = (*inputs, *recorder.allocated)  # all alive, so that an address is one tensor's
-    slots: dict[int, int] = {}
-    for slot, tensor in enumerate(tensors):
-        if tensor is not None and slots.setdefault(tensor.data_ptr(), slot) != slot:
-            return None
-    made = 0
-    steps: list[Step] = []
-    results: list[int | None] = []
-    for count, launch in recorder.launches:
         args, places, descriptors = list(launch.args), [], []
         for place, arg in enumerate(launch.args):
             described = type(arg).__name__ == "TensorDescriptor"  # Triton's or Gluon's
             if not described and not isinstance(arg, Tensor):
                 continue
-            found = slots.get((arg.base if described else arg).data_ptr())
+            found = self.slots.get((arg.base if described else arg).data_ptr())
             if found is None:
-                return None
+                self.repeatable = False
+                return
             args[place] = None
             if described:
                 descriptors.append((place, found, type(arg), vars(arg) | {"base": None}))
             else:
                 places.append((place, found))
-        allocations = tuple((t.shape, t.stride(), t.dtype) for t in recorder.allocated[made:count])
-        made = count
-        steps.append(Step(allocations, launch._replace(args=args), tuple(places), tuple(descriptors), ()))
-    for output in outputs:
-        if output is None:
-            results.append(None)
-            continue
-        slot = slots.get(output.data_ptr(), 0)
-        if slot < len(inputs) or not _alike(output, tensors[slot]):
+        allocations = tuple(self.allocated[self.made :])
+        self.made = len(self.allocated)
+        self.steps.append(Step(allocations, launch._replace(args=args), tuple(places), tuple(descriptors), ()))
+
+    def recipe(self, outputs: Outputs, plan: object) -> Recipe | None:
+        """None if the call cannot be repeated."""
+        if not self.repeatable or self.made < len(self.allocated):  # made for nobody's launch: not this package's way
             return None
-        results.append(slot)
-    if made < len(recorder.allocated):  # by nobody's launch: not this package's way
-        return None
-    needed = set(results)
-    for index, step in reversed(list(enumerate(steps))):
-        used = {slot for _, slot, *_ in (*step.tensors, *step.descriptors)}
-        last = tuple(slot for slot in used - needed if slot >= len(inputs))
-        steps[index] = step._replace(last=last)
-        needed |= used
-    return Recipe(tuple(steps), tuple(results), plan)
+        results: list[int | None] = []
+        for output in outputs:
+            if output is None:
+                results.append(None)
+                continue
+            slot = self.slots.get(output.data_ptr(), 0)
+            if slot < self.inputs or _layout(output) != self.allocated[slot - self.inputs]:
+                return None
+            results.append(slot)
+        needed = set(results)
+        for index, step in reversed(list(enumerate(self.steps))):
+            used = {slot for _, slot, *_ in (*step.tensors, *step.descriptors)}
+            last = tuple(slot for slot in used - needed if slot >= self.inputs)
+            self.steps[index] = step._replace(last=last)
+            needed |= used
+        return Recipe(tuple(self.steps), tuple(results), plan)
 
 
-def _alike(output: Tensor, allocated: Tensor | None) -> bool:
-    return allocated is not None and (output.shape, output.dtype) == (allocated.shape, allocated.dtype)
+def _layout(t: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return t.shape, t.stride(), t.dtype

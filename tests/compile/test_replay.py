@@ -1,9 +1,18 @@
 """Repeated launches, against a driver that records them: what the same call as written launches, with its tensors."""
 
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lora_kernels.kernels import replay
 from lora_kernels.kernels.launch import launch
@@ -193,6 +202,63 @@ def test_a_recipe_holds_no_tensor_and_lets_go_of_what_is_not_needed_any_more(dri
     assert not any(isinstance(arg, torch.Tensor) for step in found(run).steps for arg in step.launch.args)
 
 
+def test_a_recorded_call_lets_go_of_memory_as_it_does_unrecorded(driver, monkeypatch):
+    alive, freed = [], []
+
+    def run(x, plan):
+        first, second = torch.empty(64), torch.empty(64)
+        add_one(x, first)
+        add_one(first, second)
+        memory = StorageWeakRef(first.untyped_storage())
+        freed.append(first.data_ptr())
+        del first
+        alive.append(not memory.expired())
+        third = torch.empty(65)
+        add_one(second, third)
+        return (third,)
+
+    # Where memory was let go, the next tensor may be: not only by the chance of this allocator.
+    address = torch.Tensor.data_ptr
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: freed[-1] if t.shape == (65,) else address(t))
+    monkeypatch.setattr(driver, "raw", deque(maxlen=0))  # or the driver would hold the arguments
+    turns(run, 2)
+    assert alive == [False, False]
+    assert [step.tensors for step in found(run).steps] == [((0, 0), (1, 1)), ((0, 1), (1, 2)), ((0, 2), (1, 3))]
+
+
+def test_empty_tensors_are_not_told_apart(driver):
+    def run(x, plan):
+        first, second = torch.empty(0, 64), torch.empty(0, 64)
+        add_one(first, second)
+        return (second,)
+
+    turns(run, 2)
+    assert found(run) == replay.UNREPEATABLE
+
+
+def test_memory_that_nothing_needs_any_more_is_free_before_the_next_allocation(driver, monkeypatch):
+    def run(x, plan):
+        for _ in range(4):
+            out = torch.empty(64)
+            add_one(x, out)
+            x = out
+        return (out,)
+
+    turns(run, 2)
+    empty_strided, made, alive = torch.empty_strided, [], []
+
+    def watched(*args, **kwargs):
+        alive.append([index for index, tensor in enumerate(made) if tensor() is not None])
+        out = empty_strided(*args, **kwargs)
+        made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(driver, "raw", deque(maxlen=0))  # or the driver would hold the arguments
+    monkeypatch.setattr(torch, "empty_strided", watched)
+    turns(run, 1)
+    assert alive == [[], [0], [1], [2]]
+
+
 def test_any_other_operation_makes_a_call_unrepeatable(driver):
     def run(x, plan):
         (out,) = add_two(x, plan)
@@ -242,9 +308,40 @@ def test_an_output_must_be_a_whole_allocation(driver):
         add_one(x, out)
         return (out[:8],)
 
-    for run in (an_input, a_part):
+    def the_other_way(x, plan):
+        out = torch.empty(8, 8)
+        add_one(x, out)
+        return (out.T,)
+
+    for run in (an_input, a_part, the_other_way):
         turns(run)
         assert found(run) == replay.UNREPEATABLE
+
+
+def test_a_recipe_is_of_one_device(driver, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: driver.device)
+    turns(add_two, 3)
+    of_the_first = {binary for binary, *_ in driver.raw}
+    driver.raw.clear()
+    driver.device = 1
+    turns(add_two, 1)
+    assert of_the_first.isdisjoint(binary for binary, *_ in driver.raw)
+
+
+def test_a_recipe_keeps_its_plan_so_that_no_other_gets_its_id(driver):
+    class SomePlan:
+        pass
+
+    plan = SomePlan()
+    kept = weakref.ref(plan)
+    for _ in range(2):
+        replayed(add_two, (torch.randn(64),), (), plan)
+    del plan
+    gc.collect()
+    assert kept() is not None
+    replay._recipes.clear()
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_full_table_is_emptied_and_goes_on(driver, monkeypatch):
@@ -284,3 +381,49 @@ def test_an_error_while_recording_ends_the_recording(driver):
     failing = False
     turns(run, 2)
     assert isinstance(found(run), Recipe)
+
+
+def test_one_thread_records_at_a_time(driver):
+    one_is_inside, other_is_inside, one_is_done = threading.Event(), threading.Event(), threading.Event()
+
+    def one(x, plan):
+        one_is_inside.set()
+        other_is_inside.wait(10)
+        return add_two(x, plan)
+
+    def other(x, plan):
+        other_is_inside.set()
+        one_is_done.wait(10)
+        return add_two(x, plan)
+
+    def in_a_thread():
+        turns(one, 1)
+        one_is_done.set()
+
+    one_is_done.set()
+    other_is_inside.set()
+    for run in (one, other):
+        turns(run, 1)
+    for event in (one_is_inside, other_is_inside, one_is_done):
+        event.clear()
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    one_is_inside.wait(10)
+    turns(other, 1)
+    thread.join()
+    assert not is_in_torch_dispatch_mode()
+    assert isinstance(found(one), Recipe)
+    assert found(other) == replay.SEEN
+    turns(other, 1)
+    assert isinstance(found(other), Recipe)
+
+
+def test_recording_imports_no_compiler():
+    script = """
+import sys, torch
+from lora_kernels.kernels import replay
+outputs, recipe = replay._recorded(lambda x, plan: (torch.empty(4),), (torch.zeros(4),), (), None)
+assert outputs[0].shape == (4,)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -240,6 +241,22 @@ def test_what_a_part_leaves_is_brought_home_while_it_runs(tmp_path: Path, monkey
         gpu.run_part(gpu.Part("help", ("json.tool", "--help"), 1.0), log, folder, out, 30.0)
     assert len(seen) > 1
     assert all(seen)
+
+
+def test_an_interrupt_ends_the_part_that_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "sleeper.py").write_text("import os, time; print(os.getpid()); time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def interrupted(*where: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "KEEP_S", 0.0)
+    monkeypatch.setattr(gpu, "keep", interrupted)
+    with (tmp_path / "log").open("w") as log, pytest.raises(KeyboardInterrupt):
+        gpu.run_part(gpu.Part("sleeper", ("sleeper",), 1.0), log, tmp_path, tmp_path, 20.0)
+    process = int((tmp_path / "log").read_text().split()[-1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
 
 
 def test_a_child_of_a_stopped_part_does_not_hold_it_up(tmp_path: Path, monkeypatch, capsys) -> None:
