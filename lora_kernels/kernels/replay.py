@@ -22,7 +22,7 @@ from lora_kernels.kernels.interpreter import is_interpreting
 from lora_kernels.kernels.launch import ALIGNMENT, Launch, is_profiled, observer
 
 MOST_RECIPES = 4096
-"""Calls to remember. A stream of ever new sizes ends in an emptied table."""
+"""Calls to remember."""
 
 Inputs = tuple[Tensor | None, ...]
 Outputs = tuple[Tensor | None, ...]
@@ -114,9 +114,17 @@ def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...
         return outputs
     if recipe is None:
         if len(_recipes) >= MOST_RECIPES:
-            _recipes.clear()
+            _make_room()
         _recipes[key] = SEEN
     return run(*inputs, *values, plan)
+
+
+def _make_room() -> None:
+    """Forgets what came once, and everything if that is not half: ever new sizes do not cost the usual ones' recipes."""
+    for key in [key for key, recipe in _recipes.items() if recipe == SEEN]:
+        _recipes.pop(key, None)
+    if len(_recipes) > MOST_RECIPES // 2:
+        _recipes.clear()
 
 
 def _recorded(

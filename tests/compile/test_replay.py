@@ -353,6 +353,18 @@ def test_a_full_table_is_emptied_and_goes_on(driver, monkeypatch):
     assert len(driver.raw) == 8 * 3 * 2
 
 
+def test_sizes_that_come_once_do_not_cost_the_usual_one_its_recipe(driver, monkeypatch):
+    monkeypatch.setattr(replay, "MOST_RECIPES", 4)
+    usual = torch.randn(64)
+    for _ in range(3):
+        replayed(add_two, (usual,), (), "plan")
+    (recipe,) = replay._recipes.values()
+    for size in range(65, 75):
+        replayed(add_two, (torch.randn(size),), (), "plan")
+        assert recipe in replay._recipes.values()
+        assert len(replay._recipes) <= 4
+
+
 def test_a_profiler_sees_every_launch(driver):
     turns(add_two)
     driver.hooks.clear()
