@@ -120,9 +120,10 @@ def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...
 
 
 def _make_room() -> None:
-    """Forgets what came once, and everything if that is not half: ever new sizes do not cost the usual ones' recipes."""
-    for key in [key for key, recipe in _recipes.items() if recipe == SEEN]:
-        _recipes.pop(key, None)
+    """Forgets what came once, so that ever new sizes do not cost the usual ones their recipes; else everything."""
+    for key, recipe in list(_recipes.items()):
+        if recipe == SEEN:
+            _recipes.pop(key, None)
     if len(_recipes) > MOST_RECIPES // 2:
         _recipes.clear()
 
