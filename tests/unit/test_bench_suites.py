@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, linear, providers, suites
+from bench import gpu, linear, providers, run, suites
 from lora_kernels.benchmarking.cases import select
 from lora_kernels.benchmarking.roofline import Ceilings
 
@@ -259,3 +259,8 @@ def test_a_budget_on_a_cpu_leaves_the_targets_cases() -> None:
     targets = [case.backward and not case.dropout_p and case.dtype == case.adapter_dtype for case in cases]
     assert targets == sorted(targets, reverse=True)
     assert [case.dtype for case in cases[:2]] == ["float32", "bfloat16"]
+
+
+def test_the_check_before_a_benchmark_is_of_its_device_and_short_on_a_gpu() -> None:
+    assert run.check_of(CPU) == ["check", "--device", "cpu"]
+    assert run.check_of(torch.device("cuda")) == ["check", "--device", "cuda", "--quick"]
