@@ -115,7 +115,7 @@ gpu-unproven: ## tests of the persistent kernel, untried on a GPU; limited, as i
 	@mkdir -p "$(OUT)"
 	@$(call logged,unproven.txt,timeout 300 $(PYTHON) -m pytest -W default -x -k persistent tests/gpu)
 
-gpu-bench: ## check, ceilings, every strategy and peer on this GPU, last what no GPU has run, in nine minutes
+gpu-bench: ## check, ceilings, every strategy and peer on this GPU, last the persistent kernel's, in nine minutes
 	$(PYTHON) -m bench.gpu --out "$(OUT)/bench"
 
 gpu-llama: ## a Llama-shaped training step, stock PEFT and patched; needs peft and transformers, so `make gpu` leaves it out

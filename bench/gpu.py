@@ -79,14 +79,14 @@ def parts(device: torch.device, folder: Path, budget_s: float) -> list[Part]:
 
 
 def unproven(device: torch.device, folder: Path) -> list[Part]:
-    """What no GPU has run yet comes last, each step in a process that can be stopped: right first, then timed."""
+    """Strategies that no GPU has run yet, last, each step in a process that can be stopped: right first, then timed."""
     names = ["frozen linear", "triton:library", *(f"triton:{strategy}" for strategy in UNPROVEN)]
     timing = (
         "bench.linear", "--device", str(device), "--suite", "strategies", "--providers", ",".join(names),
         "--budget", "0.4", "--rows-only", "--total", "20", "--out", str(folder / "unproven"),
     )  # fmt: skip
     check = ("lora_kernels", "check", "--quick", "--unproven", "--backend", "triton", "--device", str(device))
-    return [Part("check of what no GPU has run yet", check, UNPROVEN_SHARE), Part("its times", timing, UNPROVEN_SHARE)]
+    return [Part("check of the untried strategies", check, UNPROVEN_SHARE), Part("its times", timing, UNPROVEN_SHARE)]
 
 
 def suite(device: torch.device, folder: Path, total_s: float) -> Part:
