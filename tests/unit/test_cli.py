@@ -62,12 +62,13 @@ def test_info_text_says_the_same(capsys):
     assert text.count("training") == 3 * len(info.collect()["devices"])
 
 
-def test_an_environment_that_names_no_backend_is_one_line_and_status_2():
+@pytest.mark.parametrize("argv", [["info"], ["check", "--quick", "--device", "cpu"]], ids=" ".join)
+def test_an_environment_that_names_no_backend_is_one_line_and_status_2(argv):
     environment = {**os.environ, "LORA_KERNELS_BACKEND": "foo"}
-    command = [sys.executable, "-m", "lora_kernels", "info"]
+    command = [sys.executable, "-m", "lora_kernels", *argv]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    said = "lora-kernels info: LORA_KERNELS_BACKEND must be one of auto, torch, triton, reference; got 'foo'."
+    said = f"lora-kernels {argv[0]}: LORA_KERNELS_BACKEND must be one of auto, torch, triton, reference; got 'foo'."
     assert done.stderr.splitlines() == [f"{said} Unset it, or name one of them."]
 
 
