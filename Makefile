@@ -82,13 +82,13 @@ bench: $(READY) ## check, compare with the peers, fine-tune a real model; tables
 docs: $(READY) ## run every example in README, docs and docstrings; follow every link
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/interop/test_tutorials.py
 
-# With the python3 that is there, nothing installed. What is printed also goes to $(OUT). Three targets, because a lent
-# GPU may allow ten minutes a command; `make gpu` runs all three and fails if one does. The tests use several processes
+# With the python3 that is there, nothing installed. What is printed also goes to $(OUT). Several targets, because a lent
+# GPU may allow ten minutes a command; `make gpu` runs four and fails if one does. The tests use several processes
 # where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
 # pinned ones, and a deprecation in them is no fault of a kernel.
 gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama gpu-sanitize: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-gpu: ## the check, the tests and the benchmark that need a GPU
+gpu: ## gpu-check, gpu-test, gpu-bench and gpu-unproven, whatever fails
 	@failed=; for part in gpu-check gpu-test gpu-bench gpu-unproven; do \
 	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
@@ -97,10 +97,11 @@ gpu: ## the check, the tests and the benchmark that need a GPU
 logged = { $(2) 2>&1; echo $$? > "$(OUT)/.status"; } | tee "$(OUT)/$(1)"; read status < "$(OUT)/.status"; \
 	rm "$(OUT)/.status"; exit $$status
 
-gpu-check: ## every backend and strategy on this GPU against fp64
+# The device by name: without a GPU, `check` alone would check the CPU and be content.
+gpu-check: ## every backend on this GPU against fp64; fails without a GPU
 	@mkdir -p "$(OUT)"
 	$(PYTHON) -m lora_kernels info --json > "$(OUT)/info.json"
-	@$(call logged,check.txt,$(PYTHON) -m lora_kernels check)
+	@$(call logged,check.txt,$(PYTHON) -m lora_kernels check --device cuda)
 
 # Two threads a worker: the truth is computed in fp64 on the CPU, and eight times all cores would wait for each other.
 # Interrupted, not killed, where a limit of ten minutes is near: pytest then says what it has.
@@ -110,11 +111,11 @@ gpu-test: ## tests/gpu
 	    --durations=15 $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') -k 'not persistent' \
 	    tests/gpu/test_linear.py tests/gpu)
 
-gpu-unproven: ## what no GPU has run yet, with a limit: it waits on barriers of its own, and might for ever
+gpu-unproven: ## tests of the persistent kernel, untried on a GPU; limited, as its barriers might wait for ever
 	@mkdir -p "$(OUT)"
 	@$(call logged,unproven.txt,timeout 300 $(PYTHON) -m pytest -W default -x -k persistent tests/gpu)
 
-gpu-bench: ## check, ceilings, every strategy and every peer on this GPU, in nine minutes
+gpu-bench: ## check, ceilings, every strategy and peer on this GPU, last the persistent kernel's, in nine minutes
 	$(PYTHON) -m bench.gpu --out "$(OUT)/bench"
 
 gpu-llama: ## a Llama-shaped training step, stock PEFT and patched; needs peft and transformers, so `make gpu` leaves it out

@@ -3,8 +3,9 @@
     python -m bench.gpu [--budget SECONDS] [--out FOLDER]
 
 Check against fp64, then ceilings and all strategies side by side, then `lora-kernels tune`, host time, and the suite
-under the tuned plans, most important cases first, for as long as the budget lasts. Each part is a process of its own:
-an illegal access in one kernel would make every later launch of its process fail, too. A check that fails, or has no
+under the tuned plans, most important cases first, for as long as the budget lasts; last, on a GPU, the persistent
+kernel, which no GPU has run yet: a check, and its times if that passes. Each part is a process of its own: an illegal
+access in one kernel would make every later launch of its process fail, too. A check that fails, or has no
 time to end, is said at the end and is the exit status, but stops nothing: what is timed is held to fp64 case by case,
 and a contender that is refused there has no time. Nothing but torch and Triton is needed, and nothing is installed.
 `--device cpu` walks through the same parts on a CPU, to try the script.
@@ -78,14 +79,14 @@ def parts(device: torch.device, folder: Path, budget_s: float) -> list[Part]:
 
 
 def unproven(device: torch.device, folder: Path) -> list[Part]:
-    """What no GPU has run yet comes last, each step in a process that can be stopped: right first, then timed."""
+    """Strategies that no GPU has run yet, last, each step in a process that can be stopped: right first, then timed."""
     names = ["frozen linear", "triton:library", *(f"triton:{strategy}" for strategy in UNPROVEN)]
     timing = (
         "bench.linear", "--device", str(device), "--suite", "strategies", "--providers", ",".join(names),
         "--budget", "0.4", "--rows-only", "--total", "20", "--out", str(folder / "unproven"),
     )  # fmt: skip
     check = ("lora_kernels", "check", "--quick", "--unproven", "--backend", "triton", "--device", str(device))
-    return [Part("check of what no GPU has run yet", check, UNPROVEN_SHARE), Part("its times", timing, UNPROVEN_SHARE)]
+    return [Part("check of the untried strategies", check, UNPROVEN_SHARE), Part("its times", timing, UNPROVEN_SHARE)]
 
 
 def suite(device: torch.device, folder: Path, total_s: float) -> Part:

@@ -9,19 +9,21 @@ method, docs/benchmarks/README.md, is written by people.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench import anatomy, choices, comparison, host, peft_memory, peft_step, providers, targets
+from bench import anatomy, choices, comparison, finetune, host, peft_memory, peft_step, providers, targets
 from bench.comparison import Found, milliseconds, ours
 from bench.peft_layers import PATCHED
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record, read_csv
 from lora_kernels.benchmarking.report import by_case
+from lora_kernels.benchmarking.timer import Samples
 
 Row = TypeVar("Row")
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,7 @@ PICTURES = (
     ("linear_roofline.png", "Operations per second over operations per byte, under the measured ceilings"),
     ("linear_memory.png", "The most that one call allocates, by case"),
     ("linear_saved_bytes.png", "Bytes kept for backward, by case"),
+    ("finetune.png", "Losses and step times of the fine-tuning, by arm"),
 )
 
 
@@ -63,6 +66,7 @@ def page(folder: Path) -> str:
         _memory_and_error(cases),
         _peft_step(_rows(folder / "peft_step.csv", peft_step.StepRow)),
         _peft_memory(_rows(folder / "peft_memory.csv", peft_memory.MemoryRow)),
+        _finetune(folder / "finetune.csv"),
         _host(host_rows),
         _choices(_rows(folder / "choices.csv", choices.ChoiceRow)),
         _left_out(records, run),
@@ -251,6 +255,43 @@ def _peft_memory(rows: Sequence[peft_memory.MemoryRow]) -> str:
     titles = ["layer", "dtypes", "p", "stock", "patched", "share"]
     note = "Kept for backward in units of x in bf16, fp32 adapters; by `python -m bench.peft_memory`."
     return _section("patch_peft: kept for backward", titles, cells, note)
+
+
+def _finetune(path: Path) -> str:
+    """Each arm over PEFT's in the steps that were timed, and how far its losses are from PEFT's."""
+    if not path.exists():
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        steps = list(csv.DictReader(file))
+    timed = [step for step in steps if step[f"ms, {finetune.PEFT}"]]
+    arms = [title.removeprefix("ms, ") for title in steps[0] if title.startswith("ms, ")]
+    times = Samples({arm: tuple(float(step[f"ms, {arm}"]) for step in timed) for arm in arms})
+    losses = {arm: [float(step[f"loss, {arm}"]) for step in steps] for arm in arms}
+    cells = []
+    for arm in arms:
+        ratio = times.ratio(arm, finetune.PEFT)
+        strayed = max(abs(a - b) / abs(b) for a, b in zip(losses[arm], losses[finetune.PEFT], strict=True))
+        cells.append(
+            [
+                f"`{arm}`",
+                f"{times.time(arm).median:.1f}",
+                f"{ratio.median:.3f} ({ratio.p10:.2f}–{ratio.p90:.2f})",
+                f"{losses[arm][-1]:.6f}",
+                f"{strayed:.1e}",
+            ]
+        )
+    titles = [
+        "arm",
+        "step, ms",
+        "over `peft`'s (10th–90th percentile)",
+        "last loss",
+        "largest difference from `peft`'s",
+    ]
+    note = (
+        f"A pretrained encoder, {len(steps)} steps, {times.rounds} of them timed, every arm in each; by "
+        f"`python -m bench.finetune`. `{finetune.TWIN}` is stock PEFT from weights that are one rounding off."
+    )
+    return _section("Fine-tuning", titles, cells, note)
 
 
 def _choices(rows: Sequence[choices.ChoiceRow]) -> str:

@@ -23,16 +23,21 @@ from lora_kernels.errors import ArgumentError
 BACKENDS = ("auto", "torch", "triton", "reference")
 
 
-def _auto_backend() -> str:
-    name = os.environ.get("LORA_KERNELS_BACKEND", "auto")
-    if name not in BACKENDS:
+AUTO_BACKEND = os.environ.get("LORA_KERNELS_BACKEND", "auto")
+
+
+def auto_backend() -> str:
+    """What `backend="auto"` means. Checked where it is used: an import that fails cannot be told from a broken one.
+
+    Raises:
+        ArgumentError: LORA_KERNELS_BACKEND names no backend.
+    """
+    if AUTO_BACKEND not in BACKENDS:
         raise ArgumentError(
-            f"LORA_KERNELS_BACKEND must be one of {', '.join(BACKENDS)}; got {name!r}. Unset it, or name one of them."
+            f"LORA_KERNELS_BACKEND must be one of {', '.join(BACKENDS)}; got {AUTO_BACKEND!r}. "
+            "Unset it, or name one of them."
         )
-    return name
-
-
-AUTO_BACKEND = _auto_backend()
+    return AUTO_BACKEND
 
 
 def _cache() -> Path | None:

@@ -80,7 +80,7 @@ def tune(question: Question, device: torch.device, *, budget_s: float, unproven:
         question: what is asked.
         device: where.
         budget_s: seconds for the timed rounds; compiling and checking come on top.
-        unproven: whether to time also what no GPU has run yet.
+        unproven: whether to time also the strategies that no GPU has run yet.
 
     Raises:
         torch.OutOfMemoryError: the operands alone do not fit.

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lora_kernels import config
 from lora_kernels.cli import bench, check, info, tune
 from lora_kernels.errors import LoRAKernelsError
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
+        config.auto_backend()  # before anything runs: what is wrong with it is wrong with the call
         return int(arguments.run(arguments))
     except LoRAKernelsError as error:
         print(f"lora-kernels {arguments.command}: {error}", file=sys.stderr)

@@ -40,7 +40,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with all these words: 'bert-base bf16 p=0'")
     parser.add_argument("--device", help="default: the current GPU if there is one, else the CPU")
     parser.add_argument("--budget", type=float, default=1.0, metavar="S", help="seconds per case (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("lora-kernels-bench"), help="folder for CSV, JSON and plot")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lora-kernels-bench"),
+        help="folder for CSV, JSON and plot (default: ./lora-kernels-bench)",
+    )
     parser.set_defaults(run=run)
 
 

@@ -1,9 +1,10 @@
 """`lora-kernels check`: every backend that this machine can serve, against fp64.
 
-What a user runs on a new GPU. For each device, backend and strategy, in every dtype: y and every gradient within twice
-the error that eager PyTorch makes in that dtype, no value read from unwritten memory, the same bits from run to run,
-and the dropout masks of forward and backward equal to the specification's, bit by bit. Rows of the strategy `branch`
-are `lora_branch` as the backend plans it; the others are `lora_linear`.
+What a user runs on a new GPU. For each device, backend and strategy (`UNPROVEN` ones if asked for), in fp32, bf16 and
+fp16 (interpreted or `--quick`: not fp16): y and every gradient within twice the error that eager PyTorch makes in that
+dtype, no value read from unwritten memory, the same bits from run to run, and the dropout masks of forward and backward
+equal to the specification's, bit by bit. Rows of the strategy `branch` are `lora_branch` as the backend plans it; the
+others are `lora_linear`.
 """
 
 from __future__ import annotations

@@ -139,9 +139,17 @@ def as_text(report: dict[str, Any]) -> str:
         (b["device"], b["backend"], "yes" if b["available"] else f"no: {b['why_not']}") for b in report["backends"]
     ]
     plans = [
-        (p["device"], p["problem"], str(p["M"]), p["backend"] or "-", p["strategy"] or "-", p["reason"])
+        (
+            p["device"],
+            p["problem"],
+            str(p["M"]),
+            p["backend"] or "-",
+            p["strategy"] or "-",
+            p["reason"] if p["backend"] else "refused",
+        )
         for p in report["plans"]
     ]
+    refusals = dict.fromkeys(f"refused: {p['reason']}" for p in report["plans"] if p["backend"] is None)
     return "\n".join(
         [
             f"lora_kernels {versions['lora_kernels']}, torch {versions['torch']} ({' '.join(toolkits) or 'no CUDA'}), "
@@ -155,6 +163,7 @@ def as_text(report: dict[str, Any]) -> str:
             "",
             f'what backend="auto" would run: a {FEATURES} x {FEATURES} linear in bf16, r = {RANK}',
             table.lines([("device", "problem", "M", "backend", "strategy", "reason"), *plans]),
+            *refusals,
         ]
     )
 

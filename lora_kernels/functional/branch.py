@@ -161,7 +161,7 @@ def lora_branch(
         x, lora_A, lora_B = cast_input(x, dtype), cast_adapter(lora_A, dtype), cast_adapter(lora_B, dtype)
     _checks.check_dtypes(device_type, x=x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype, base_out=base_out.dtype)
     if backend == "auto":
-        backend = config.AUTO_BACKEND
+        backend = config.auto_backend()
     _checks.check_servable(backend, x, base_out)
     seed = _checks.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
 

@@ -169,7 +169,7 @@ def lora_linear(
         bias=None if bias is None else bias.dtype,
     )
     if backend == "auto":
-        backend = config.AUTO_BACKEND
+        backend = config.auto_backend()
     _checks.check_servable(backend, x)
     seed = _checks.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
 

@@ -43,6 +43,7 @@ def explain_plan(
         ArgumentError: a size, the rank or dropout_p is out of range.
         DtypeError: a dtype the operation does not compute in.
         DeviceError: the device is not there.
+        ArgumentError: LORA_KERNELS_BACKEND names no backend.
         UnsupportedError: LORA_KERNELS_BACKEND names a backend that cannot serve the problem.
 
     Example:
@@ -63,4 +64,4 @@ def explain_plan(
     problem = problem_of(
         M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, dropout=training and dropout_p > 0, device=device
     )
-    return plan_of(problem, config.AUTO_BACKEND, device)
+    return plan_of(problem, config.auto_backend(), device)

@@ -5,8 +5,8 @@
 
 with alpha = scaling / (1 - p). The expand goes first and the base GEMM accumulates on top: y is read and written once
 less than in the eager chain, and is rounded after its large term rather than before. The rank-sized products are
-`_low_rank_torch`'s; where those go by blocks of rows, so does what is made of them here: nothing of x's or y's size is
-ever made in fp32.
+`_low_rank_torch`'s; where those go by blocks of rows, so does what is made of them here. Only a tensor that fits one
+block is ever copied to fp32 as a whole.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Problem:
 
 LIBRARY = Way("torch", "library")
 UNPROVEN: tuple[Strategy, ...] = ("persistent",)
-"""What no GPU has run yet, and what waits on barriers of its own: neither modelled, nor checked or tuned unasked."""
+"""No GPU has run these yet, and they wait on barriers of their own: neither modelled, nor checked or tuned unasked."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 BACKWARD_OF: Mapping[Strategy, Strategy] = {"one_pass": "fused", "shrink_fused": "fused"}
 """The backward that goes with a forward where nothing else is said; the others have their own name's."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import comparison, host, providers, report, suites, targets
+from bench import comparison, finetune, host, providers, report, suites, targets
 from bench.benchmark_json import write_benchmark_json
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
@@ -83,6 +83,19 @@ def test_a_page_lists_what_loses_before_the_table(template: Record, tmp_path: Pa
     assert text.index("When it loses") < text.index("Side by side")
     assert "for want of time, 1 of 2 cases" in text
     assert "copy 5 GB/s" in text
+
+
+def test_fine_tuning_is_compared_step_by_step(template: Record, tmp_path: Path) -> None:
+    write_csv(rows(template, [SMALL], {FROZEN: 1.0, "auto": 1.1}), tmp_path / "linear.csv")
+    assert "## Fine-tuning" not in report.page(tmp_path)
+    arms = (finetune.PEFT, finetune.PATCHED)
+    titles = ["step", *(f'"loss, {arm}"' for arm in arms), *(f'"ms, {arm}"' for arm in arms)]
+    # The first step is not timed. Ratios within the steps are 0.8, 0.5 and 0.9.
+    steps = ["0,2.0,2.0,,", "1,1.5,1.5,10.0,8.0", "2,1.0,1.25,12.0,6.0", "3,0.5,0.5,10.0,9.0"]
+    (tmp_path / "finetune.csv").write_text("\n".join([",".join(titles), *steps, ""]))
+    text = report.page(tmp_path)
+    assert "4 steps, 3 of them timed" in text
+    assert "| `patch_peft` | 8.0 | 0.800 (0.56–0.88) | 0.500000 | 2.5e-01 |" in text
 
 
 def test_losses_are_sorted_and_own_strategies_are_no_rivals(template: Record) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, linear, providers, suites
+from bench import gpu, linear, providers, run, suites
 from lora_kernels.benchmarking.cases import select
 from lora_kernels.benchmarking.roofline import Ceilings
 
@@ -185,8 +185,8 @@ def test_one_kernel_that_is_wrong_does_not_cost_the_others_their_times(tmp_path:
     assert gpu.run(torch.device("cuda"), tmp_path, 540.0) == 1
     # What no GPU has run yet is not timed where its own check fails.
     assert ran[0] == "check"
-    assert ran[-2:] == ["suite", "check of what no GPU has run yet"]
-    assert "check: a fault; check of what no GPU has run yet: a fault;" in (tmp_path / "log.txt").read_text()
+    assert ran[-2:] == ["suite", "check of the untried strategies"]
+    assert "check: a fault; check of the untried strategies: a fault;" in (tmp_path / "log.txt").read_text()
 
 
 def test_no_part_is_begun_after_the_budget(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -276,3 +276,8 @@ def test_a_budget_on_a_cpu_leaves_the_targets_cases() -> None:
     targets = [case.backward and not case.dropout_p and case.dtype == case.adapter_dtype for case in cases]
     assert targets == sorted(targets, reverse=True)
     assert [case.dtype for case in cases[:2]] == ["float32", "bfloat16"]
+
+
+def test_the_check_before_a_benchmark_is_of_its_device_and_short_on_a_gpu() -> None:
+    assert run.check_of(CPU) == ["check", "--device", "cpu"]
+    assert run.check_of(torch.device("cuda")) == ["check", "--device", "cuda", "--quick"]

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import lora_kernels
+from lora_kernels import config
 from lora_kernels.benchmarking import runner
 from lora_kernels.cli import check, info, main
 from lora_kernels.config import INTERPRETED
@@ -58,6 +60,26 @@ def test_info_text_says_the_same(capsys):
     assert f"lora_kernels {lora_kernels.__version__}" in text
     assert "LORA_KERNELS_BACKEND=auto" in text
     assert text.count("training") == 3 * len(info.collect()["devices"])
+
+
+@pytest.mark.parametrize("argv", [["info"], ["check", "--quick", "--device", "cpu"]], ids=" ".join)
+def test_an_environment_that_names_no_backend_is_one_line_and_status_2(argv):
+    environment = {**os.environ, "LORA_KERNELS_BACKEND": "foo"}
+    command = [sys.executable, "-m", "lora_kernels", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"lora-kernels {argv[0]}: LORA_KERNELS_BACKEND must be one of auto, torch, triton, reference; got 'foo'."
+    assert done.stderr.splitlines() == [f"{said} Unset it, or name one of them."]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="then triton serves a CPU")
+def test_info_says_once_why_the_backend_asked_for_cannot_serve(monkeypatch, capsys):
+    monkeypatch.setattr(config, "AUTO_BACKEND", "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("refused: backend='triton' cannot serve this problem: tensors are on the CPU") == 1
+    assert text.count("refused\n") == len(info.TYPICAL)
 
 
 # -- check
