@@ -156,7 +156,10 @@ def main(args):
     checkpoint.save(state, checkpoint_id=args.out / f"checkpoint-{args.steps}")
     if first or args.parallel not in ("none", "ddp"):  # what is sharded, all gather together and the first one writes
         save_lora(model, args.out / "adapter")
-    distributed.barrier()  # without it 3 of 11 runs over gloo under tp were aborted at exit, with it 1 of some 40
+    # Gloo's workers outlive their groups; one that lets go of its last tensors while the interpreter ends aborts it:
+    # 3 of 11 runs under tp without a barrier, 1 of some 40 with one over all ranks. So each group has one of its own.
+    for group in (None, *mesh.get_all_groups()):
+        distributed.barrier(group)
     distributed.destroy_process_group()
 
 
