@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
         slots = list(inputs)
         for allocations, launch, tensors, descriptors, last in self.steps:
             for shape, strides, dtype in allocations:
-                # torch.empty takes twice as long: it looks for sizes one by one first.
+                # torch.empty takes 1.4 times as long (`bench.choices`).
                 slots.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
             args = list(launch.args)
             for place, slot in tensors:
@@ -72,7 +72,7 @@ class Recipe(NamedTuple):
 
 
 def _described(kind: type, attributes: dict[str, Any], base: Tensor | None) -> Any:
-    # Not through its constructor, which validates what was validated: 2 us each.
+    # Not through its constructor, which validates what was validated.
     descriptor: Any = object.__new__(kind)
     descriptor.__dict__.update(attributes, base=base)
     return descriptor
