@@ -109,7 +109,7 @@ def is_profiled() -> bool:
 
 
 def ceil_div(size: int, block: int) -> int:
-    """Blocks that cover `size`. Not `triton.cdiv`, which is made for kernels, too: 15 times as long (`bench.choices`)."""
+    """Blocks that cover `size`. Not `triton.cdiv`, which kernels use, too: 15 times as long (`bench.choices`)."""
     return -(-size // block)
 
 
