@@ -201,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench.gpu needs a GPU that torch can use, and there is none here; --device cpu tries the script.")
         return NO_GPU
+    # A kill ends the part that runs as Ctrl-C does: it is in a session of its own, and would hold the GPU.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     default = os.environ.get("OUT") or ROOT / "bench" / "results" / "local" / device_slug(device)
     return run(device, arguments.out or Path(default), arguments.budget)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -257,6 +258,18 @@ def test_an_interrupt_ends_the_part_that_runs(tmp_path: Path, monkeypatch, capsy
     process = int((tmp_path / "log").read_text().split()[-1])
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_a_kill_is_an_interrupt(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    # Not fatal without the handler that is tested: the test fails, and pytest goes on.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu.main(["--device", "cpu", "--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_child_of_a_stopped_part_does_not_hold_it_up(tmp_path: Path, monkeypatch, capsys) -> None:
