@@ -11,9 +11,13 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
 CONFORMANCE := $(VENV)/.ready-conformance
+MINIMUM := $(VENV)/.ready-minimum
 
 # $(call pin,torch) -> torch==2.13.0, as pyproject.toml has it.
 pin = $(shell grep -o '"$(1)==[^";]*' pyproject.toml | tr -d '"')
+
+# $(call least,torch) -> torch==2.11.*, the oldest that it allows.
+least = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/$(1)==\1.*/p' pyproject.toml)
 
 # Output and file encodings are the same under every locale. TRITON_INTERPRET is set for the one process that wants it.
 export PYTHONUTF8 := 1
@@ -22,7 +26,7 @@ unexport TRITON_INTERPRET
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-unit test-distributed test-interpret test-compile conformance lint format bench docs gpu gpu-check gpu-test \
+.PHONY: help setup test test-unit test-distributed test-interpret test-compile test-minimum conformance lint format bench docs gpu gpu-check gpu-test \
     gpu-bench gpu-unproven gpu-llama gpu-sanitize pages clean distclean
 
 help: ## list the targets
@@ -58,6 +62,14 @@ test-interpret: $(READY) ## every kernel through Triton's interpreter
 
 test-compile: $(READY) ## every shipped kernel configuration, compiled for every target
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/compile
+
+# In place of the pinned ones, beside the other pins.
+$(MINIMUM): $(READY)
+	$(PIP) install --quiet '$(call least,torch)' '$(call least,triton)'
+	@touch $@
+
+test-minimum: ## the same tests with the oldest torch and Triton that the package allows (downloads gigabytes)
+	$(MAKE) VENV=.venv-minimum .venv-minimum/.ready-minimum test
 
 $(CONFORMANCE): $(READY)
 	$(PIP) install --quiet --editable '.[dev,conformance]'
@@ -141,5 +153,5 @@ clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find lora_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## and .venv
-	rm -rf .venv
+distclean: clean ## and .venv, .venv-minimum
+	rm -rf .venv .venv-minimum
