@@ -125,6 +125,11 @@ class LlamaRow:
     commit: str
     date: str
 
+    @property
+    def case(self) -> Case:
+        """The setting it was taken in."""
+        return Case(self.adapters, self.autocast, self.dropout_p, self.checkpointing)
+
 
 def why_not() -> str | None:
     """Why nothing can run here."""
@@ -290,11 +295,10 @@ HEAD = (
 def line(rows: Sequence[LlamaRow]) -> str:
     """The table's line of a case."""
     stock, patched = rows
-    case = Case(stock.adapters, stock.autocast, stock.dropout_p, stock.checkpointing)
     kept = ["" if row.saved_bytes is None else mebibytes(row.saved_bytes) for row in rows]
     ratio = f"{patched.ratio:.3f} ({patched.ratio_p10:.2f}-{patched.ratio_p90:.2f})"
     return (
-        f"{case.label:<42} {stock.ms:>9.2f} {patched.ms:>9.2f} {ratio:>20} {mebibytes(stock.peak_bytes):>12} "
+        f"{stock.case.label:<42} {stock.ms:>9.2f} {patched.ms:>9.2f} {ratio:>20} {mebibytes(stock.peak_bytes):>12} "
         f"{mebibytes(patched.peak_bytes):>12} {kept[0]:>12} {kept[1]:>12}"
     ).rstrip()
 

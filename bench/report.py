@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench import anatomy, choices, comparison, finetune, host, peft_memory, peft_step, providers, targets
+from bench import anatomy, choices, comparison, finetune, host, llama_step, peft_memory, peft_step, providers, targets
 from bench.comparison import Found, milliseconds, ours
-from bench.peft_layers import PATCHED
+from bench.peft_layers import PATCHED, STOCK
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record, read_csv
-from lora_kernels.benchmarking.report import by_case
+from lora_kernels.benchmarking.report import by_case, mebibytes
 from lora_kernels.benchmarking.timer import Samples
 
 Row = TypeVar("Row")
@@ -62,10 +62,12 @@ def page(folder: Path) -> str:
         _when_it_loses(records),
         _anatomy(_rows(folder / "anatomy.csv", anatomy.StageRow)),
         _side_by_side("Side by side", cases),
-        _strategies(folder),
+        _strategies("Strategies", folder / "strategies.csv"),
+        _strategies("Strategies that `auto` takes only once they are tuned", folder / "unproven.csv"),
         _memory_and_error(cases),
         _peft_step(_rows(folder / "peft_step.csv", peft_step.StepRow)),
         _peft_memory(_rows(folder / "peft_memory.csv", peft_memory.MemoryRow)),
+        _llama_step(_rows(folder / "llama_step.csv", llama_step.LlamaRow)),
         _finetune(folder / "finetune.csv"),
         _host(host_rows),
         _choices(_rows(folder / "choices.csv", choices.ChoiceRow)),
@@ -147,13 +149,12 @@ def _first(cases: Mapping[LinearCase, Found], number: int) -> Iterator[tuple[Lin
     return (item for item, _ in zip(cases.items(), range(number), strict=False))
 
 
-def _strategies(folder: Path) -> str:
+def _strategies(title: str, path: Path) -> str:
     """Every strategy beside every other, from before a tuner chose among them."""
-    path = folder / "strategies.csv"
-    return _side_by_side("Strategies", by_case(read_csv(path, Record))) if path.exists() else ""
+    return _side_by_side(title, by_case(read_csv(path, Record)), path.name) if path.exists() else ""
 
 
-def _side_by_side(title: str, cases: Mapping[LinearCase, Found]) -> str:
+def _side_by_side(title: str, cases: Mapping[LinearCase, Found], file: str = "linear.csv") -> str:
     names = _names(cases)
     rows = []
     for case, found in _first(cases, CASES_SHOWN):
@@ -163,7 +164,7 @@ def _side_by_side(title: str, cases: Mapping[LinearCase, Found]) -> str:
         rows.append([f"{comparison.describe(case)}, [{case.N} × {case.K}]", *cells, share])
     note = "Milliseconds, and times the frozen linear; medians. Roofline: floor over ours."
     if len(cases) > CASES_SHOWN:
-        note += f" The first {CASES_SHOWN} of {len(cases)} cases; all are in linear.csv."
+        note += f" The first {CASES_SHOWN} of {len(cases)} cases; all are in {file}."
     return _section(title, ["case", *names, "roofline"], rows, note)
 
 
@@ -255,6 +256,35 @@ def _peft_memory(rows: Sequence[peft_memory.MemoryRow]) -> str:
     titles = ["layer", "dtypes", "p", "stock", "patched", "share"]
     note = "Kept for backward in units of x in bf16, fp32 adapters; by `python -m bench.peft_memory`."
     return _section("patch_peft: kept for backward", titles, cells, note)
+
+
+def _llama_step(rows: Sequence[llama_step.LlamaRow]) -> str:
+    """The cases in which a step of the patched model is slower come first."""
+    pairs = sorted(zip(rows[::2], rows[1::2], strict=True), key=lambda pair: pair[1].ratio >= 1)
+    cells = []
+    for stock, patched in pairs:
+        assert (stock.contender, patched.contender, stock.case) == (STOCK, PATCHED, patched.case)
+        cells.append(
+            [
+                stock.case.label,
+                milliseconds(stock.ms),
+                milliseconds(patched.ms),
+                f"{patched.ratio:.3f}x ({patched.ratio_p10:.2f}–{patched.ratio_p90:.2f})",
+                f"{mebibytes(stock.peak_bytes)}, {mebibytes(patched.peak_bytes)}",
+                f"{patched.error:.1e} of {patched.error_budget:.1e}",
+            ]
+        )
+    titles = ["case", "PEFT, ms", "patched, ms", "PEFT over patched (10th–90th percentile)", "peak: PEFT, patched"]
+    note = ""
+    if rows:
+        slower = sum(patched.ratio < 1 for _, patched in pairs)
+        note = (
+            f"A training step, AdamW included, of {rows[0].layers} Llama layers (`--size {rows[0].size}`), "
+            f"{rows[0].tokens} tokens, adapters of rank {rows[0].rank} on every linear, by `python -m "
+            f"bench.llama_step`; {slower} of {len(pairs)} cases are slower patched, and come first. Error: the "
+            "adapters' gradients at p = 0 against the model in fp32."
+        )
+    return _section("A Llama-shaped training step", [*titles, "error, and allowed"], cells, note)
 
 
 def _finetune(path: Path) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import comparison, finetune, host, providers, report, suites, targets
+from bench import comparison, finetune, host, llama_step, providers, report, suites, targets
 from bench.benchmark_json import write_benchmark_json
+from bench.peft_layers import PATCHED, STOCK
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Environment, Record, read_csv, write_csv
@@ -96,6 +97,31 @@ def test_fine_tuning_is_compared_step_by_step(template: Record, tmp_path: Path) 
     text = report.page(tmp_path)
     assert "4 steps, 3 of them timed" in text
     assert "| `patch_peft` | 8.0 | 0.800 (0.56–0.88) | 0.500000 | 2.5e-01 |" in text
+
+
+def test_what_a_gpu_alone_leaves_has_its_sections(template: Record, tmp_path: Path) -> None:
+    write_csv(rows(template, [SMALL], {FROZEN: 1.0, "auto": 1.1}), tmp_path / "linear.csv")
+    assert "once they are tuned" not in report.page(tmp_path)
+    assert "## A Llama-shaped training step" not in report.page(tmp_path)
+    write_csv(rows(template, [SMALL], {FROZEN: 2.0, "triton:persistent": 3.0}), tmp_path / "unproven.csv")
+    names = ("device", "driver", "torch", "triton", "peft", "commit", "date")
+    where = {name: getattr(template, name) for name in names}
+    steps = [
+        llama_step.LlamaRow(
+            "8b-layers", 4, 8192, 16, "fp32", False, p, False, name, 6, ms, ms, ms, ratio, ratio, ratio,
+            peak_bytes=3 << 20, saved_bytes=None, error=1e-3, error_budget=2e-3, **where,
+        )
+        for p, patched_ms in ((0.05, 80.0), (0.0, 125.0))
+        for name, ms, ratio in ((STOCK, 100.0, 1.0), (PATCHED, patched_ms, 100.0 / patched_ms))
+    ]  # fmt: skip
+    write_csv(steps, tmp_path / "llama_step.csv")
+    text = report.page(tmp_path)
+    assert "3.000 (1.50x)" in text[text.index("once they are tuned") :]
+    llama = text[text.index("## A Llama-shaped training step") :]
+    assert "4 Llama layers (`--size 8b-layers`), 8192 tokens, adapters of rank 16" in llama
+    assert "1 of 2 cases are slower patched" in llama
+    faster = "| fp32 adapters p=0.05 | 100.0 | 80.0 | 1.250x (1.25–1.25) | 3.00 MiB, 3.00 MiB | 1.0e-03 of 2.0e-03 |"
+    assert llama.index("| fp32 adapters p=0 | 100.0 | 125.0 | 0.800x") < llama.index(faster)
 
 
 def test_losses_are_sorted_and_own_strategies_are_no_rivals(template: Record) -> None:
