@@ -63,13 +63,13 @@ test-interpret: $(READY) ## every kernel through Triton's interpreter
 test-compile: $(READY) ## every shipped kernel configuration, compiled for every target
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/compile
 
-# In place of the pinned ones, beside the other pins.
+# In place of the pinned ones, beside the other pins. torch 2.11's profiler begins with a warning of its own.
 $(MINIMUM): $(READY)
 	$(PIP) install --quiet '$(call least,torch)' '$(call least,triton)'
 	@touch $@
 
 test-minimum: ## the same tests with the oldest torch and Triton that the package allows (downloads gigabytes)
-	$(MAKE) VENV=.venv-minimum .venv-minimum/.ready-minimum test
+	PYTEST_ADDOPTS='-W ignore:Warning:UserWarning' $(MAKE) VENV=.venv-minimum .venv-minimum/.ready-minimum test
 
 $(CONFORMANCE): $(READY)
 	$(PIP) install --quiet --editable '.[dev,conformance]'
