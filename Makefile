@@ -1,5 +1,5 @@
-# Every target does its own set-up: a .venv with the versions pinned in pyproject.toml (extra `dev`).
-# `make gpu` is the exception: it uses the python3 that is there and installs nothing.
+# Every target does its own set-up: a .venv with the versions pinned in pyproject.toml (extra `dev`). Exceptions:
+# `make test-minimum` has a .venv-minimum, and `make gpu` uses the python3 that is there and installs nothing.
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -16,8 +16,8 @@ MINIMUM := $(VENV)/.ready-minimum
 # $(call pin,torch) -> torch==2.13.0, as pyproject.toml has it.
 pin = $(shell grep -o '"$(1)==[^";]*' pyproject.toml | tr -d '"')
 
-# $(call least,torch) -> torch==2.11.*, the oldest that it allows.
-least = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/$(1)==\1.*/p' pyproject.toml)
+# $(call least,torch) -> torch==2.11, the oldest that it allows.
+least = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/$(1)==\1/p' pyproject.toml)
 
 # Output and file encodings are the same under every locale. TRITON_INTERPRET is set for the one process that wants it.
 export PYTHONUTF8 := 1
@@ -26,8 +26,8 @@ unexport TRITON_INTERPRET
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-unit test-distributed test-interpret test-compile test-minimum conformance lint format bench docs gpu gpu-check gpu-test \
-    gpu-bench gpu-unproven gpu-llama gpu-sanitize pages clean distclean
+.PHONY: help setup test test-unit test-distributed test-interpret test-compile test-minimum conformance lint format bench docs \
+    gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama gpu-sanitize pages clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -63,13 +63,13 @@ test-interpret: $(READY) ## every kernel through Triton's interpreter
 test-compile: $(READY) ## every shipped kernel configuration, compiled for every target
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/compile
 
-# In place of the pinned ones, beside the other pins. torch 2.11's profiler begins with a warning of its own.
+# In place of the pinned ones, beside the other pins.
 $(MINIMUM): $(READY)
 	$(PIP) install --quiet '$(call least,torch)' '$(call least,triton)'
 	@touch $@
 
-test-minimum: ## the same tests with the oldest torch and Triton that the package allows (downloads gigabytes)
-	PYTEST_ADDOPTS='-W ignore:Warning:UserWarning' $(MAKE) VENV=.venv-minimum .venv-minimum/.ready-minimum test
+test-minimum: ## `make test` with the oldest torch and Triton that the package allows (downloads gigabytes)
+	$(MAKE) VENV=.venv-minimum .venv-minimum/.ready-minimum test
 
 $(CONFORMANCE): $(READY)
 	$(PIP) install --quiet --editable '.[dev,conformance]'

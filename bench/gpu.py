@@ -133,8 +133,8 @@ def run_part(part: Part, log: TextIO, folder: Path, out: Path, timeout_s: float)
         if process.poll() is None:  # an interrupt reaches this process only, not another session's
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    log.flush()
-    keep(folder, out)
+        log.flush()
+        keep(folder, out)
     if not in_time:
         return STOPPED, f"{part.title}: stopped after {timeout_s:.0f} s"
     return status, f"{part.title}: exit status {status}" if status else ""
@@ -175,6 +175,12 @@ def run(device: torch.device, out: Path, budget_s: float) -> int:
     return int(bool(faults))
 
 
+def interrupt(number: int, frame: object) -> None:
+    """As Ctrl-C, once: `timeout` and make send SIGTERM twice, and the second would cut the clean-up short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def keep(folder: Path, out: Path) -> None:
     """The files worth bringing home, flat."""
     for source, name in (
@@ -201,10 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench.gpu needs a GPU that torch can use, and there is none here; --device cpu tries the script.")
         return NO_GPU
-    # A kill ends the part that runs as Ctrl-C does: it is in a session of its own, and would hold the GPU.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     default = os.environ.get("OUT") or ROOT / "bench" / "results" / "local" / device_slug(device)
-    return run(device, arguments.out or Path(default), arguments.budget)
+    # The part that runs is in a session of its own: a SIGTERM would leave it there, holding the GPU.
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return run(device, arguments.out or Path(default), arguments.budget)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

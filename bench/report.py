@@ -150,7 +150,7 @@ def _first(cases: Mapping[LinearCase, Found], number: int) -> Iterator[tuple[Lin
 
 
 def _strategies(title: str, path: Path) -> str:
-    """Every strategy beside every other, from before a tuner chose among them."""
+    """Strategies side by side, each by its own name, from a file of their own."""
     return _side_by_side(title, by_case(read_csv(path, Record)), path.name) if path.exists() else ""
 
 
@@ -284,6 +284,9 @@ def _llama_step(rows: Sequence[llama_step.LlamaRow]) -> str:
             f"bench.llama_step`; {slower} of {len(pairs)} cases are slower patched, and come first. Error: the "
             "adapters' gradients at p = 0 against the model in fp32."
         )
+        taken = {row.case for row in rows}
+        if missing := [case.label for case in llama_step.CASES if case not in taken]:
+            note += f" Without a row, left out or failed: {', '.join(missing)}."
     return _section("A Llama-shaped training step", [*titles, "error, and allowed"], cells, note)
 
 

@@ -39,6 +39,7 @@ def main(steps, out):
 
     if accelerator.is_main_process:
         save_lora(accelerator.unwrap_model(model), out / "adapter")
+    accelerator.wait_for_everyone()  # the adapter is written before a process ends
     accelerator.end_training()
 
 

@@ -25,7 +25,8 @@ COMMAND = re.compile(r"^    ((?:torchrun|accelerate launch) .*docs/tutorials/sca
 ROUNDING = 16 * 32 * torch.finfo(torch.float32).eps
 PRINTED = 1e-6  # the last digit of a printed loss
 # PyTorch's race (pytorch/pytorch#190489): a gloo worker that lets go of its last tensor while the interpreter ends
-# wants the GIL, and aborts the process. By then all have passed the script's last barrier: what is compared is there.
+# wants the GIL, and aborts the process. A barrier makes that rare, not impossible; by then all ranks have reached the
+# script's last one, and what is compared is written.
 ABORTED_AT_EXIT = "terminate called without an active exception"
 
 
@@ -46,7 +47,9 @@ def launch(command: str, out: Path) -> list[float]:
         timeout=240,
         check=False,
     )
-    assert ran.returncode == 0 or ABORTED_AT_EXIT in ran.stderr, f"{command}\n{ran.stdout}{ran.stderr}"
+    raised = re.search(r'File ".*scale_out\w*\.py"', ran.stderr)  # a frame of the script: an error of its own
+    aborted = ABORTED_AT_EXIT in ran.stderr and not raised
+    assert ran.returncode == 0 or aborted, f"{command}\n{ran.stdout}{ran.stderr}"
     assert "Warning" not in ran.stderr, ran.stderr
     return [float(loss) for loss in re.findall(r"^step +\d+ +loss ([\d.]+)$", ran.stdout, re.M)]
 

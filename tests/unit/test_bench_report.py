@@ -120,6 +120,7 @@ def test_what_a_gpu_alone_leaves_has_its_sections(template: Record, tmp_path: Pa
     llama = text[text.index("## A Llama-shaped training step") :]
     assert "4 Llama layers (`--size 8b-layers`), 8192 tokens, adapters of rank 16" in llama
     assert "1 of 2 cases are slower patched" in llama
+    assert "Without a row, left out or failed: fp32 adapters autocast p=0.05, " in llama
     faster = "| fp32 adapters p=0.05 | 100.0 | 80.0 | 1.250x (1.25–1.25) | 3.00 MiB, 3.00 MiB | 1.0e-03 of 2.0e-03 |"
     assert llama.index("| fp32 adapters p=0 | 100.0 | 125.0 | 0.800x") < llama.index(faster)
 

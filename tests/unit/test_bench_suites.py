@@ -260,14 +260,24 @@ def test_an_interrupt_ends_the_part_that_runs(tmp_path: Path, monkeypatch, capsy
         os.kill(process, 0)
 
 
-def test_a_kill_is_an_interrupt(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+def test_the_first_sigterm_is_an_interrupt_and_the_second_is_nothing(tmp_path: Path, monkeypatch) -> None:
+    def run(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append(True)
+
+    cleaned: list[bool] = []
+    monkeypatch.setattr(gpu, "run", run)
     before = signal.getsignal(signal.SIGTERM)
     # Not fatal without the handler that is tested: the test fails, and pytest goes on.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(KeyboardInterrupt):
             gpu.main(["--device", "cpu", "--out", str(tmp_path)])
+        assert cleaned
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # as it was
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -209,6 +209,6 @@ def test_eager_backward_calls_the_registered_op_where_it_is_needed(create_graph,
     for name, calls in (("x", 1), ("lora_B", 1), ("base_out", 0)):
         leaves = [getattr(i, n).clone().requires_grad_(n == name) for n in ("base_out", "x", "lora_A", "lora_B")]
         y = lora_branch(*leaves, dropout_p=p, backend="torch")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             torch.autograd.grad(y, [t for t in leaves if t.requires_grad], i.dy, create_graph=create_graph)
         assert sum(e.count for e in profile.key_averages() if e.key == "lora_kernels::branch_backward") == calls

@@ -190,6 +190,6 @@ def test_eager_backward_calls_the_registered_op(create_graph, p):
     i = make_linear_inputs(M, N, K, R, dtype=torch.float32)
     x = i.x.clone().requires_grad_()
     y = lora_linear(x, i.weight, i.lora_A, i.lora_B, dropout_p=p, backend="torch")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         torch.autograd.grad(y, x, i.dy, create_graph=create_graph)
     assert sum(e.count for e in profile.key_averages() if e.key == "lora_kernels::linear_backward") == 1
