@@ -116,7 +116,7 @@ gpu-check: ## every backend on this GPU against fp64; fails without a GPU
 	@$(call logged,check.txt,$(PYTHON) -m lora_kernels check --device cuda)
 
 # Two threads a worker: the truth is computed in fp64 on the CPU, and eight times all cores would wait for each other.
-# Interrupted, not killed, where a limit of ten minutes is near: pytest then says what it has.
+# Interrupted, not killed, where a limit of ten minutes is near: pytest then says what it has, of test_linear first.
 gpu-test: ## tests/gpu
 	@mkdir -p "$(OUT)"
 	@$(call logged,tests.txt,OMP_NUM_THREADS=2 timeout --signal=INT 560 $(PYTHON) -m pytest -W default --tb=short \

@@ -44,7 +44,6 @@ CHECK, STRATEGIES, TUNE, HOST, UNPROVEN_SHARE = 0.3, 0.2, 0.15, 0.1, 0.08
 SPARE_S = 5.0  # for writing; a last case that was begun in time has three of them
 KEEP_S = 5.0  # between two looks at what there is to keep; whoever lends the GPU may end this process without notice
 NO_GPU = 3
-STOPPED = -1  # a part that ran out of time, in place of its exit status
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ def suite(device: torch.device, folder: Path, total_s: float) -> Part:
     return Part("suite", command, 1.0)
 
 
-def run_part(part: Part, log: TextIO, folder: Path, out: Path, timeout_s: float) -> tuple[int, str]:
-    """Runs it, its output on the screen and in the log; returns its exit status and what went wrong, or nothing."""
+def run_part(part: Part, log: TextIO, folder: Path, out: Path, timeout_s: float) -> str:
+    """Runs it, its output on the screen and in the log; returns what went wrong, or nothing."""
     title = f"\n{part.title}\n{'=' * len(part.title)}"
     print(title, flush=True)
     print(title, file=log)
@@ -136,8 +135,8 @@ def run_part(part: Part, log: TextIO, folder: Path, out: Path, timeout_s: float)
         log.flush()
         keep(folder, out)
     if not in_time:
-        return STOPPED, f"{part.title}: stopped after {timeout_s:.0f} s"
-    return status, f"{part.title}: exit status {status}" if status else ""
+        return f"{part.title}: stopped after {timeout_s:.0f} s"
+    return f"{part.title}: exit status {status}" if status else ""
 
 
 def run(device: torch.device, out: Path, budget_s: float) -> int:
@@ -151,22 +150,20 @@ def run(device: torch.device, out: Path, budget_s: float) -> int:
         def left() -> float:
             return budget_s - (time.perf_counter() - start)
 
-        def attempt(part: Part, timeout_s: float) -> int:
-            if timeout_s <= 0:
-                faults.append(f"{part.title}: left out, for want of time")
-                return STOPPED
-            status, fault = run_part(part, log, folder, out, timeout_s)
+        def went_wrong(part: Part, timeout_s: float) -> bool:
+            late = f"{part.title}: left out, for want of time"
+            fault = run_part(part, log, folder, out, timeout_s) if timeout_s > 0 else late
             faults.extend([fault] if fault else [])
-            return status
+            return bool(fault)
 
         last = unproven(device, folder) if device.type == "cuda" else []
         reserved = sum(part.share for part in last) * budget_s
         for part in parts(device, folder, budget_s):
-            attempt(part, part.share * budget_s)
+            went_wrong(part, part.share * budget_s)
         time_s = left() - reserved - SPARE_S
-        attempt(suite(device, folder, time_s - 3 * SPARE_S), time_s)
+        went_wrong(suite(device, folder, time_s - 3 * SPARE_S), time_s)
         for part in last:  # its times only where it is right
-            if attempt(part, min(part.share * budget_s, left())):
+            if went_wrong(part, min(part.share * budget_s, left())):
                 break
         outcome = "; ".join(faults) or "every part done"
         line = f"\n{outcome}; {time.perf_counter() - start:.0f} of {budget_s:.0f} s; written: {out}"

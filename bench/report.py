@@ -23,6 +23,7 @@ from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record, read_csv
 from lora_kernels.benchmarking.report import by_case, mebibytes
+from lora_kernels.benchmarking.roofline import Ceilings
 from lora_kernels.benchmarking.timer import Samples
 
 Row = TypeVar("Row")
@@ -94,10 +95,7 @@ def _head(folder: Path, records: Sequence[Record], cases: Mapping[LinearCase, Fo
         "",
     ]
     if ceilings := run.get("ceilings"):
-        rates = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in ceilings["gemm_tflops"].items())
-        speed = ceilings["copy_gb_s"]
-        copy = f"copy {f'{speed:.0f}' if speed >= 1000 else f'{speed:.3g}'} GB/s"
-        lines += [f"Ceilings measured there: {copy}; library product, TFLOP/s: {rates}.", ""]
+        lines += [f"Ceilings measured there: {Ceilings(**ceilings).rates}.", ""]
     return "\n".join(lines)
 
 

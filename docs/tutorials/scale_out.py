@@ -157,7 +157,7 @@ def main(args):
     if first or args.parallel not in ("none", "ddp"):  # what is sharded, all gather together and the first one writes
         save_lora(model, args.out / "adapter")
     # Gloo's workers outlive their groups; one that lets go of its last tensor while the interpreter ends aborts it
-    # (pytorch/pytorch#190489): 3 of 51 runs under tp on a busy machine, 0 of 60 with a barrier on each group
+    # (pytorch/pytorch#190489). A barrier lets it do so before, and each group has workers of its own.
     for group in (None, *mesh.get_all_groups()):
         distributed.barrier(group)
     distributed.destroy_process_group()

@@ -38,11 +38,16 @@ class Ceilings:
         return max(self.gemm_tflops[dtype], self.gemm_tflops.get("float32", 0.0))
 
     @property
+    def rates(self) -> str:
+        """All of them, in words."""
+        products = ", ".join(f"{name} {rate:.3g}" for name, rate in self.gemm_tflops.items())
+        copy = f"{self.copy_gb_s:.0f}" if self.copy_gb_s >= 1000 else f"{self.copy_gb_s:.3g}"
+        return f"copy {copy} GB/s; library product, TFLOP/s: {products}"
+
+    @property
     def line(self) -> str:
         """One line for the head of a table."""
-        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in self.gemm_tflops.items())
-        copy = f"{self.copy_gb_s:.0f}" if self.copy_gb_s >= 1000 else f"{self.copy_gb_s:.3g}"
-        return f"ceilings measured here: copy {copy} GB/s; library product, TFLOP/s: {rates}"
+        return f"ceilings measured here: {self.rates}"
 
 
 def measure_ceilings(

@@ -24,9 +24,7 @@ from lora_kernels.kernels.launch import ceil_div, launch
 
 BLOCK = 512  # of fp32: one 16-byte load of each thread
 STAGES = 8
-
-
-MOST = 3
+MOST = 3  # reductions of a launch
 
 
 @triton.jit

@@ -72,7 +72,7 @@ class Recipe(NamedTuple):
 
 
 def _described(kind: type, attributes: dict[str, Any], base: Tensor | None) -> Any:
-    # Not through its constructor, which validates what was validated.
+    # Not through its constructor, which validates what was validated. A function: no name of it outlives the launch.
     descriptor: Any = object.__new__(kind)
     descriptor.__dict__.update(attributes, base=base)
     return descriptor

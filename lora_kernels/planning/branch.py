@@ -70,9 +70,7 @@ def make_branch_plan(problem: Problem, out_dtype: torch.dtype, backend: str, *, 
     if "triton" in backends:
         x_side, out_side = kernel_choices(problem), kernel_choices(dataclasses.replace(problem, dtype=out_dtype))
     if len(ways) > 1:
-        assert out_side is not None
-        shares = out_side.tile("bwd_lora_b").block_n if out_side.dy_reads == 1 else None
-        model = BranchCosts(problem, dataclasses.replace(problem, dtype=out_dtype), dyb_columns=shares)
+        model = BranchCosts(problem, dataclasses.replace(problem, dtype=out_dtype))
         forward, costs, reason = ranked({way: model.forward(way) for way in ways}, measured=False)
         backward, backward_costs, backward_reason = ranked({way: model.backward(way) for way in ways}, measured=False)
         reason += f". Backward: {backward_reason}"

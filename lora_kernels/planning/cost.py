@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_kernels.planning.tiles import Width, padded_rank, table_of, tile_of
+from lora_kernels.planning.tiles import Width, dyb_columns, padded_rank, table_of
 
 if TYPE_CHECKING:
     from lora_kernels.planning.plan import Problem, Way
@@ -96,13 +96,12 @@ class Costs:
         return rank_sized + gemm + BACKWARD_LAUNCHES * LAUNCH_US
 
     def _dyb(self) -> float:
-        """Beside dB from dy: fp32 shares of dyb, written and read again, or dy once more where that is less."""
+        """Beside dB from dy: fp32 shares of dyb, written and read again, or dy once more."""
         p = self._problem
-        tile = tile_of(p.family, p.width, "bwd_lora_b", rank=p.R)
-        again = self._pass(p.M, p.N, 1)
-        if tile is None or tile.block_r < p.R:
-            return again
-        return min(again, self._pass(p.M, p.N, 2 * p.R / tile.block_n, itemsize=4))
+        columns = dyb_columns(p.family, p.width, rank=p.R, itemsize=p.dtype.itemsize)
+        if columns is None:
+            return self._pass(p.M, p.N, 1)
+        return self._pass(p.M, p.N, 2 * p.R / columns, itemsize=4)
 
     def _torch_mask(self) -> float:
         p = self._problem
@@ -118,10 +117,10 @@ class Costs:
 class BranchCosts:
     """The costs of one `lora_branch` on one device: passes over x's size and over the output's, and their products."""
 
-    def __init__(self, x_side: Problem, out_side: Problem, *, dyb_columns: int | None) -> None:
-        """The problem with either side's dtype; dyb_columns: of dy, for each share of dyb; None: dy is read twice."""
+    def __init__(self, x_side: Problem, out_side: Problem) -> None:
+        """The problem with either side's dtype."""
         self._x, self._out = _Side(x_side, x_side.K), _Side(out_side, out_side.N)
-        self._dropout, self._dyb_columns = x_side.dropout, dyb_columns
+        self._dropout = x_side.dropout
 
     def forward(self, way: Way) -> float:
         """Microseconds: xa from x, then y from base_out and xa."""
@@ -139,7 +138,7 @@ class BranchCosts:
         of_dy, of_x = 2 * self._out.work(kernels=kernels), self._x.work(kernels=kernels)
         launches = BACKWARD_LAUNCHES * LAUNCH_US
         if kernels:
-            from_dy = max(self._out.streams(1) + self._out.shares(self._dyb_columns), of_dy)
+            from_dy = max(self._out.streams(1) + self._out.dyb(), of_dy)
             return from_dy + max(self._x.streams(2), of_x + self._x.expand_work(), self._x.mask()) + launches
         from_dy = self._out.blocks(1) + max(self._out.streams(2), of_dy)
         return from_dy + self._x.blocks(2, masked=self._dropout) + max(self._x.streams(2), 2 * of_x) + launches
@@ -157,9 +156,11 @@ class _Side:
         """Reads or writes of the tensor."""
         return self._moved(passes * self._problem.dtype.itemsize)
 
-    def shares(self, columns: int | None) -> float:
-        """fp32 shares of a rank-sized product, one for so many columns, written and read; None: the second read."""
-        return self.streams(1) if columns is None else self._moved(2 * 4 * self._problem.R / columns)
+    def dyb(self) -> float:
+        """Beside dB from dy: fp32 shares of dyb, written and read again, or dy once more."""
+        p = self._problem
+        columns = dyb_columns(p.family, p.width, rank=p.R, itemsize=p.dtype.itemsize)
+        return self.streams(1) if columns is None else self._moved(2 * 4 * p.R / columns)
 
     def work(self, *, kernels: bool) -> float:
         """A product of the tensor with one of the rank, in our kernels or in the library, which knows one dtype."""

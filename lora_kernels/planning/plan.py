@@ -32,7 +32,8 @@ ONE_PASS_STEPS = 4
 PROGRAMS_PER_SM = 2
 """Of a gradient's kernel, whose shares are added up whatever their number. One program's four warps, a warp for each
 scheduler, leave a multiprocessor idle at every barrier and have 8 to 32 KiB on their way from memory, of which an H200
-wants 26 KiB all the time (4.3 TB/s over 132 for 0.8 us). Two reside together, or one of twice the warps."""
+wants some 30 KiB all the time (4.8 TB/s by its data sheet, over 132, for an assumed 0.8 us). Two reside together, or
+one of twice the warps."""
 STEPS_OF_A_SECOND = 4
 """Rows of tiles that each split has at least where a multiprocessor gets a second one."""
 OLDEST_SM = 80
@@ -267,16 +268,14 @@ def kernel_choices(problem: Problem) -> Plan:
     shrink, lora_a, lora_b = table["shrink"], table["bwd_lora_a"], table["bwd_lora_b"]
     dx_lora_a = table["bwd_dx_lora_a_dropout"]
     shrink_tiles = _tiles(m, shrink.block_m) * _tiles(rank, shrink.block_r)
-    # Each column tile of dy has M R fp32 shares of dyb, written and read again, where a second look reads the tile.
-    shares_outweigh_dy = 2 * 4 * rank > lora_b.block_n * problem.dtype.itemsize
-    one_read = rank <= lora_b.block_r and not shares_outweigh_dy
+    shares_of_dyb = tiles.dyb_columns(family, width, rank=rank, itemsize=problem.dtype.itemsize)
     return Plan(
         backend="triton",
         strategy="shrink_fused",
         reason="",
         precision=precision,
         sm_count=problem.sm_count,
-        dy_reads=1 if one_read else 2,
+        dy_reads=2 if shares_of_dyb is None else 1,
         use_tma=problem.has_descriptors,
         use_pdl=problem.has_descriptors,  # sm_90 brought both
         one_pass_splits=one_pass_splits,

@@ -118,6 +118,18 @@ def tile_of(
     return None
 
 
+def dyb_columns(family: Family, width: Width, *, rank: int, itemsize: int) -> int | None:
+    """Columns of dy for each share of dyb that dB's kernel leaves on its way; None: dy is read a second time for dyb.
+
+    Each tile of so many columns has rank fp32 shares a row, written and read again, where a second look reads the tile,
+    in elements of itemsize bytes: the fewer bytes win. A rank of several tiles is read for each of them anyway.
+    """
+    tile = tile_of(family, width, "bwd_lora_b", rank=rank)
+    if tile is None or rank > tile.block_r or 2 * 4 * rank > tile.block_n * itemsize:
+        return None
+    return tile.block_n
+
+
 def kernels_of(family: Family, width: Width) -> list[str]:
     """The kernels that have tiles for this width."""
     return [kernel for kernel, widths in table_of(family).tiles.items() if width in widths]

@@ -170,20 +170,13 @@ def cases() -> Iterator[Any]:
             yield pytest.param(shipped, target, id=f"{target}-{shipped.kernel}-{shipped.width}{mask}-{sizes}")
 
 
-def registers_of_a_thread(target: str, num_warps: int) -> int:
-    """The most that a program of so many warps may have: CUDA C++ Programming Guide and CDNA3 ISA, as SHARED_LIMIT."""
-    return min(512, 2048 // num_warps) if target == "gfx942" else min(255, 65536 // (32 * num_warps))
-
-
 @pytest.mark.parametrize(("shipped", "target"), list(cases()))
 def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None:
     for variant in variants(shipped):
         figures = figures_of(shipped, variant, target)
         assert figures.faults() == [], f"{variant}: {figures}"
-        # x is a shard: its place in the whole input takes two registers more. One family of each vendor stands for all,
-        # and of those the variants that have few left: 9 of 142.
-        few_left = registers_of_a_thread(target, shipped.tile.num_warps) - figures.registers < 24
-        if shipped.dropout and target in ("sm_90", "gfx942") and few_left:
+        # x is a shard: its place in the whole input takes two registers more. One family of each vendor stands for all.
+        if shipped.dropout and target in ("sm_90", "gfx942"):
             figures = figures_of(shipped, Variant(variant.unit_strides, variant.flags | {"HAS_OFFSET": True}), target)
             assert figures.faults() == [], f"{variant} of a shard: {figures}"
 

@@ -89,7 +89,10 @@ def test_budget_of_every_familys_tiles(dtypes, p, family):
 def test_splits_of_every_reduction(dtypes, p):
     i = inputs_of((150, 24, 300), dtypes, 8, dropout_p=p)
     one, few, many = (plan_for(i, sm_count=count) for count in (1, 12, 1000))
-    assert (one.x_side.xa_splits, one.x_side.dyb_splits) == (1, 1)
+    # dB has two programs on its one multiprocessor where M is tiles enough for both: in fp32.
+    alone = [kind for kind in SPLITS if kind != "d_lora_B_splits"]
+    assert {getattr(one.x_side, kind) for kind in alone} == {1}
+    assert one.out_side.d_lora_B_splits == (2 if dtypes.endswith("fp32") else 1)
     assert many.x_side.xa_splits > 2 < many.out_side.d_lora_B_splits
     for plan in (few, many, with_choices(few, **dict.fromkeys(SPLITS, 2))):
         assert_within_budget(i, partial(run, plan=plan))

@@ -154,7 +154,8 @@ def test_splits_of_both_reductions(dtype, p):
     inputs = inputs_of((150, 24, 300), dtype, 8, dropout_p=p)
     plans = [plan_for(inputs, sm_count=count) for count in (1, 12, 1000)]
     kinds = ("xa_splits", "dyb_splits", "d_lora_A_splits", "d_lora_B_splits")
-    assert (plans[0].xa_splits, plans[0].dyb_splits) == (1, 1)
+    # dB has two programs on its one multiprocessor where M is tiles enough for both: in fp32.
+    assert [getattr(plans[0], kind) for kind in kinds] == [1, 1, 1, 2 if dtype == "fp32" else 1]
     assert plans[-1].xa_splits > 2 < plans[-1].d_lora_A_splits
     for plan in plans[1:]:
         assert_within_budget(inputs, partial(run_under, plan))

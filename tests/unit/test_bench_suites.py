@@ -151,7 +151,7 @@ def test_no_gpu_is_said_and_is_a_status_of_its_own(tmp_path: Path, monkeypatch, 
 def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkeypatch, capsys) -> None:
     ran: list[gpu.Part] = []
 
-    def measured(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> tuple[int, str]:
+    def measured(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> str:
         ran.append(part)
         root = folder
         if part.title == "tune":
@@ -163,7 +163,7 @@ def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkey
             for name in ("linear.csv", "run.json", "linear_benchmark.json", "host.csv", "large.bin"):
                 (folder / name).write_text(part.title)
         gpu.keep(root, out)
-        return 0, ""
+        return ""
 
     monkeypatch.setattr(gpu, "run_part", measured)
     assert gpu.main(["--device", "cpu", "--budget", "20", "--out", str(tmp_path)]) == 0
@@ -178,9 +178,9 @@ def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkey
 def test_one_kernel_that_is_wrong_does_not_cost_the_others_their_times(tmp_path: Path, monkeypatch, capsys) -> None:
     ran: list[str] = []
 
-    def checked(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> tuple[int, str]:
+    def checked(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> str:
         ran.append(part.title)
-        return (1, f"{part.title}: a fault") if "check" in part.title else (0, "")
+        return f"{part.title}: a fault" if "check" in part.title else ""
 
     monkeypatch.setattr(gpu, "run_part", checked)
     assert gpu.run(torch.device("cuda"), tmp_path, 540.0) == 1
@@ -193,10 +193,10 @@ def test_one_kernel_that_is_wrong_does_not_cost_the_others_their_times(tmp_path:
 def test_no_part_is_begun_after_the_budget(tmp_path: Path, monkeypatch, capsys) -> None:
     allowed: dict[str, float] = {}
 
-    def slow(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> tuple[int, str]:
+    def slow(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> str:
         allowed[part.title] = timeout_s
         clock[0] += timeout_s
-        return gpu.STOPPED, f"{part.title}: stopped"
+        return f"{part.title}: stopped"
 
     clock = [0.0]
     monkeypatch.setattr(gpu, "run_part", slow)
@@ -213,18 +213,14 @@ def test_no_part_is_begun_after_the_budget(tmp_path: Path, monkeypatch, capsys) 
 
 
 def test_a_part_has_its_output_logged_and_is_stopped_in_time(tmp_path: Path, capsys) -> None:
-    def attempt(part: gpu.Part, timeout_s: float = 30.0) -> tuple[int, str]:
+    def attempt(part: gpu.Part, timeout_s: float = 30.0) -> str:
         return gpu.run_part(part, log, tmp_path, tmp_path / "out", timeout_s)
 
     (tmp_path / "out").mkdir()
     with (tmp_path / "log").open("w") as log:
-        assert attempt(gpu.Part("help", ("json.tool", "--help"), 1.0)) == (0, "")
-        status, fault = attempt(gpu.Part("wrong", ("json.tool", "/no/such/file"), 1.0))
-        assert status > 0
-        assert "exit status" in fault
-        status, fault = attempt(gpu.Part("slow", ("asyncio",), 1.0), 0.05)
-        assert status == gpu.STOPPED
-        assert "stopped after" in fault
+        assert attempt(gpu.Part("help", ("json.tool", "--help"), 1.0)) == ""
+        assert "exit status" in attempt(gpu.Part("wrong", ("json.tool", "/no/such/file"), 1.0))
+        assert "stopped after" in attempt(gpu.Part("slow", ("asyncio",), 1.0), 0.05)
     assert "usage" in (tmp_path / "log").read_text()
 
 
@@ -289,8 +285,8 @@ def test_a_child_of_a_stopped_part_does_not_hold_it_up(tmp_path: Path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     start = time.perf_counter()
     with (tmp_path / "log").open("w") as log:
-        status, _ = gpu.run_part(gpu.Part("two", ("parent_of_a_sleeper",), 1.0), log, tmp_path, tmp_path, 3.0)
-    assert status == gpu.STOPPED
+        fault = gpu.run_part(gpu.Part("two", ("parent_of_a_sleeper",), 1.0), log, tmp_path, tmp_path, 3.0)
+    assert fault == "two: stopped after 3 s"
     assert time.perf_counter() - start < 30
 
 
