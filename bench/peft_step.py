@@ -25,7 +25,7 @@ from lora_kernels.benchmarking.records import Environment, device_slug, write_cs
 from lora_kernels.benchmarking.timer import interleave
 
 ALWAYS_FUSED = "always fused"
-# A ratio of medians within this is the noise of two runs of one and the same code.
+# A ratio of medians within this counts as noise; assumed.
 NOISE = 1.03
 
 LIMITS = tuple(
@@ -101,7 +101,7 @@ def measure(case: PeftCase, device: torch.device, *, budget_s: float) -> list[St
         return False
 
     def always_fused() -> None:
-        # By hand: mock.patch takes as long as half a small call.
+        # By hand: mock.patch would be part of what is timed.
         rule, _peft_layers.is_small = _peft_layers.is_small, never
         try:
             patched()

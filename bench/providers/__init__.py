@@ -50,8 +50,8 @@ _GPU_COMPILED_MODEL = "Llama-3-8B"
 def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
     """Who runs in a case where nobody is named: all on a GPU; on a CPU, peers in some cases only.
 
-    The compiler runs where a target is about it, since each case of its own costs more time than all the others
-    together; `compile-max`, half a minute and more a case, where it is named. So do strategies that no GPU has run yet.
+    The compiler runs where a target is about it, since it compiles each case for long; `compile-max`, which takes
+    longer still, where it is named. So do strategies that no GPU has run yet.
     """
     compilable = case.backward and case.R == 16 and case.adapter_dtype == case.dtype
     if device.type == "cpu":

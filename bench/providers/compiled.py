@@ -1,7 +1,7 @@
 """torch.compile of the unfused chain: the compiler's answer to the same question.
 
 In a case's shapes, static, forward and backward. `max-autotune` lets Inductor choose among the library's and its own
-Triton products by timing them, half a minute and more a case: it exists on a GPU only, and runs where it is named.
+Triton products by timing them, which takes long: it exists on a GPU only, and runs where it is named.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from lora_kernels.benchmarking.providers import CaseInputs, Provider
 
 @cache
 def _not_installed() -> str | None:
-    # peft imports both at once; a find_spec costs nothing, the import several seconds.
+    # peft imports both at once; a find_spec costs nothing beside the import.
     missing = [name for name in ("peft", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)} (pip install '.[dev]')" if missing else None
 

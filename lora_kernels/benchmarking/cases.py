@@ -101,7 +101,7 @@ _LLAMA3_8B = (
 
 
 def cpu_suite() -> tuple[LinearCase, ...]:
-    """MiniLM-L6, BERT-base, ViT-L and one 2048-wide Llama linear, fp32 and bf16; about a minute on two cores."""
+    """MiniLM-L6, BERT-base, ViT-L and one 2048-wide Llama linear, fp32 and bf16."""
     shapes = {name: (name, model, m, n, k, bias) for name, model, m, n, k, bias in _CPU_SHAPES}
     cases = []
     for dtype in ("float32", "bfloat16"):

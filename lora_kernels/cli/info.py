@@ -64,7 +64,7 @@ def collect() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    # From the metadata: importing triton costs a second, and only kernels/ may.
+    # From the metadata: importing triton is slow, and only kernels/ may.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -60,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
                 # Half of a question's share is for compiling and for checking.
                 share = remaining / (len(asked) - index) / 2
                 outcome = tune(question, device, budget_s=share, unproven=arguments.unproven)
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
                 left_out += 1
                 _line(f"{question.line}  left out: {str(error).splitlines()[0]}")
                 continue
@@ -82,6 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     ops.forget_plans()
     print(f"{done} of {len(asked)} kept" + (f", {left_out} left out" if left_out else ""))
     return status or int(done == 0)
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """A GPU's has a class of its own; the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _summary(question: str, timings: Any, refused: Any) -> str:

@@ -20,7 +20,7 @@ def apply(
 ) -> Tensor:
     """y: through the `transformable` twin in torch.func, through no node where no gradient is recorded, else `node`.
 
-    Not the twin for every call: PyTorch inspects its signature each time, and a node takes 2.5 times as long to make
+    Not the twin for every call: PyTorch inspects its signature each time, and a node takes 2.8 times as long to make
     (`bench.choices`).
     """
     y: Tensor

@@ -47,7 +47,7 @@ def repaired(*, check_overflow: bool = False) -> Iterator[None]:
 
     Args:
         check_overflow: also raise where integer arithmetic of up to 32 bits wraps around, as an offset past
-            2**31 would, and honour ``tl.device_assert``. Twice as slow. The outermost block decides.
+            2**31 would, and honour ``tl.device_assert``. Slower. The outermost block decides.
     """
     global _depth  # noqa: PLW0603 - how often the repair was entered is a property of the process
     if not _INTERPRETING:
@@ -121,7 +121,7 @@ def _repairs(check_overflow: bool) -> list[tuple[Any, str, Any]]:
     module = _interpreter()
     builder = module.interpreter_builder
     # Triton computes every integer sum, difference and product a second time in int64 to compare the two, and
-    # then drops the comparison unless `debug` is set: half of the time of a matmul-like kernel.
+    # then drops the comparison unless `debug` is set.
     options = dataclasses.replace(
         builder.options,
         sanitize_overflow=check_overflow,
@@ -217,8 +217,8 @@ def _method_repairs() -> list[tuple[Any, str, Any]]:
         ty = tl.block_type(tl.bfloat16, tile.type.get_block_shapes()) if tile.type.is_block() else tl.bfloat16
         return tl.tensor(handle(_to_bf16(tile.handle.data), tl.bfloat16), ty)
 
-    # NumPy adds the rows of a tile one after the other, which loses more than a GPU's tree: 1.7e-7 against 1e-7
-    # over 64 rows of fp32. Tiles are powers of two, so halving them is that tree.
+    # NumPy adds the rows of a tile one after the other, which loses more than a GPU's tree. Tiles are powers of two, so
+    # halving them is that tree.
     reduce_ops = module.ReduceOps
     sum_original = reduce_ops.sum
 
@@ -253,7 +253,7 @@ def _module_repairs() -> list[tuple[Any, str, Any]]:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     # Every call of a device function, tl.zeros and tl.cdiv too, walked over the whole of triton.language
-    # again to replace what the launch had replaced already: 0.2 ms a call.
+    # again to replace what the launch had replaced already.
     def _patch_lang(fn: Any) -> Any:
         langs = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
         if langs and not any(tl.core.is_builtin(lang.load) for lang in langs):

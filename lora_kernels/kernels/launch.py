@@ -1,11 +1,10 @@
 """Launches without the JIT's bookkeeping: the binary is found by a key of our own, and called.
 
-`kernel[grid](...)` binds, types and specialises every argument at every call, which takes longer than many a kernel
-runs. Which binary serves is decided by less: dtype and 16-byte alignment of each tensor, block shape of each
-descriptor, the integers that the kernel specialises on, the constexprs, the options and the device. Integers count with
-their exact value, which is finer than Triton's classes (1, multiple of 16, 64-bit) and cheaper than finding them. Where
-tensors and integers stand among the arguments is found once for each sequence of types, so that the rest is picked out
-without asking each argument what it is.
+`kernel[grid](...)` binds, types and specialises every argument at every call. Which binary serves is decided by less:
+dtype and 16-byte alignment of each tensor, block shape of each descriptor, the integers that the kernel specialises on,
+the constexprs, the options and the device. Integers count with their exact value, which is finer than Triton's classes
+(1, multiple of 16, 64-bit) and cheaper than finding them. Where tensors and integers stand among the arguments is found
+once for each sequence of types, so that the rest is picked out without asking each argument what it is.
 
 What Triton's settings (`triton.knobs`) were when a binary was first made is what its later launches get.
 """
@@ -63,7 +62,7 @@ def launch(
     if is_interpreting():
         kernel[grid](*args, **constexprs)
         return
-    # Kernels live as long as their module, so that an id names one; hashing a kernel takes Triton half a microsecond.
+    # Kernels live as long as their module, so that an id names one, without hashing the kernel.
     kinds = (id(kernel), *map(type, args))
     pick = _picks.get(kinds)
     if pick is None:

@@ -2,8 +2,8 @@
 
 Between two calls under one plan, with tensors of the same layouts, nothing differs but addresses: grids, tiles, strides
 and binaries would be found again for nothing. So the first call runs as it is written, the second is recorded, and from
-the third on its launches are repeated with the tensors of that call. What the host spends then is a fraction
-(`bench.host`), which small layers feel, whose kernels take microseconds.
+the third on its launches are repeated with the tensors of that call. What the host spends then
+(`bench.host`) small layers feel, whose kernels take microseconds.
 
 Launches, allocations and views can be repeated. The recorder sees every other operation of PyTorch, and a call that has
 one runs as written for ever.

@@ -2,7 +2,7 @@
 
 `reference.philox.keep_mask` makes ten new arrays a round, and on a CPU those allocations are most of its time. Here
 NumPy's `out=` keeps 2^14 counters at a time in L2: twice as fast (`bench.choices`). The rounds run on one thread,
-since two that work in steps of 10 us lose more over the interpreter's lock than they share; masks are applied by all.
+since each of their short steps takes the interpreter's lock; masks are applied by all.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 with alpha = scaling / (1 - p). Operands of one dtype without a mask are one library call each. With dropout, where
 dtypes differ, and where a plan says "upcast" (a CPU without 16-bit matrix instructions), the products run over blocks
 of rows that are converted to fp32 while they are in cache: nothing of x's or dy's size is ever made in fp32. Between
-equal orders of a product the one with the long result rows is taken: dy^T xa takes MKL 1.3 times as long as xa^T dy
+equal orders of a product the one with the long result rows is taken: dy^T xa takes MKL 1.4 times as long as xa^T dy
 (`bench.choices`).
 """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 LIBRARY_GEMM, COPY = 0.80, 0.88
-"""Share of the data sheet that library GEMMs and copies reach; public figures for an H100."""
+"""Share of the data sheet that library GEMMs and copies reach. Assumed, too."""
 FUSED_GEMM = {"descriptors": 0.93, "pointers": 0.85}
 """Rate of our GEMMs over the library's. Assumed, until a GPU has measured it."""
 LAUNCH_US = 2.0

@@ -25,7 +25,7 @@ Backend = Literal["torch", "triton", "reference"]
 Strategy = Literal["library", "upcast", "one_pass", "shrink_fused", "persistent", "fused", "shrink_expand", "eager"]
 
 UPCAST_ROWS = 16
-"""Above this M, converting the weight to fp32 costs less than what a 16-bit CPU GEMM without hardware loses."""
+"""Above this M the weight is converted to fp32 on a CPU whose 16-bit GEMM lacks hardware. Assumed."""
 SPLITS_MAX = 64
 ONE_PASS_STEPS = 4
 """Steps of K that a split of `one_pass` has at least, to be worth its share of the partial sums."""

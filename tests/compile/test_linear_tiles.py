@@ -112,11 +112,12 @@ def figures_of(
     dtypes: tuple[str, str] | None = None,
     *,
     rank_by_16: bool = False,
+    tf32: bool = False,
 ) -> Figures:
     """dtypes: of the large tensors and of the adapters; None: those that the tile's width is named for.
 
     rank_by_16: as for a rank of 16, 32, ..., whose rows are copied asynchronously; else as for any, which takes more
-    registers.
+    registers. tf32: as where the user lets torch multiply fp32 in it.
     """
     kernel, tile = KERNELS[shipped.kernel], shipped.tile
     if dtypes is None:
@@ -125,7 +126,7 @@ def figures_of(
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": tile.block_r}
     known: dict[str, Any] = blocks | variant.flags | dict.fromkeys(variant.unit_strides, 1) | {"GROUP_M": tile.group_m}
     mixed = "ieee" if target.startswith("gfx") else "tf32x3"
-    known["PRECISION"] = mixed if shipped.width == "mixed" else "ieee"
+    known["PRECISION"] = mixed if shipped.width == "mixed" else "tf32" if tf32 else "ieee"
     if not variant.flags.get("HAS_DROPOUT", True):
         known["seed_ptr"] = None
     if not variant.flags.get("HAS_BIAS", True):
@@ -179,6 +180,24 @@ def test_a_shipped_tile_has_no_faults(shipped: ShippedTile, target: str) -> None
         if shipped.dropout and target in ("sm_90", "gfx942"):
             figures = figures_of(shipped, Variant(variant.unit_strides, variant.flags | {"HAS_OFFSET": True}), target)
             assert figures.faults() == [], f"{variant} of a shard: {figures}"
+
+
+@pytest.mark.parametrize(("shipped", "target"), [case for case in cases() if case.values[0].kernel == "shrink"])
+def test_a_shrink_that_is_split_or_followed_has_no_faults(shipped: ShippedTile, target: str) -> None:
+    (plain,) = variants(shipped)
+    for changed in ({"IS_PARTIAL": True}, {"LAUNCHES_DEPENDENTS": True}):
+        if target in ("sm_90", "sm_100") or "IS_PARTIAL" in changed:
+            figures = figures_of(shipped, Variant(plain.unit_strides, plain.flags | changed), target)
+            assert figures.faults() == [], f"{changed}: {figures}"
+
+
+@pytest.mark.parametrize(
+    ("shipped", "target"), [c for c in cases() if c.values[0].width == "32" and c.values[1].startswith("sm_")]
+)
+def test_a_tile_has_no_faults_in_tf32(shipped: ShippedTile, target: str) -> None:
+    for variant in variants(shipped):
+        figures = figures_of(shipped, variant, target, tf32=True)
+        assert figures.faults() == [], f"{variant}: {figures}"
 
 
 @pytest.mark.parametrize("target", TARGETS)

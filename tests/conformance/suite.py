@@ -43,7 +43,7 @@ FILES = (
     "xlora",
 )
 LEFT_OUT = {
-    "need a GPU, Megatron, or an hour of torch.compile": (
+    "need a GPU, Megatron, or a long torch.compile": (
         "common_gpu",
         "gptqmodel",
         "gpu_examples",

@@ -297,6 +297,21 @@ def test_a_budget_on_a_cpu_leaves_the_targets_cases() -> None:
     assert [case.dtype for case in cases[:2]] == ["float32", "bfloat16"]
 
 
+def test_without_a_gpu_the_suite_is_the_cpus_and_what_is_left_out_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    def timed(cases, *_, **__) -> None:
+        assert cases == linear.chosen_cases(suites.CPU, "", CPU)
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "lora_kernels", lambda argv: 0)
+    monkeypatch.setattr(run.linear, "run", timed)
+    with pytest.raises(InterruptedError):
+        run.main(["--device", "cpu", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "No GPU: the suite for CPUs" in said
+    for name in set(suites.NAMES) - {suites.CPU}:
+        assert f"{name} ({len(suites.suite(name))} cases)" in said
+
+
 def test_the_check_before_a_benchmark_is_of_its_device_and_short_on_a_gpu() -> None:
     assert run.check_of(CPU) == ["check", "--device", "cpu"]
     assert run.check_of(torch.device("cuda")) == ["check", "--device", "cuda", "--quick"]

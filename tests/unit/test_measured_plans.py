@@ -123,6 +123,9 @@ def test_a_file_from_another_version_is_ignored_with_one_warning(cache, field):
     measured.forget()
     with pytest.warns(RuntimeWarning, match=f"was tuned for {field} 'another', not .*lora-kernels tune"):
         assert measured.table_of(DEVICE) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measured.table_of(DEVICE) == {}
 
 
 def test_a_write_that_fails_leaves_the_old_file(cache, monkeypatch):

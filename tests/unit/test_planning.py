@@ -10,6 +10,7 @@ import torch
 
 from lora_kernels import UnsupportedError, explain_plan
 from lora_kernels.planning import Plan, Problem, make_plan
+from lora_kernels.planning.cost import Costs, _Side
 from lora_kernels.planning.measured import Timing, row_bucket
 from lora_kernels.planning.plan import DIRECTIONS, Way, ways_of
 from lora_kernels.planning.tiles import FAMILIES, WIDTHS, Tile, padded_rank, shipped_tiles
@@ -145,6 +146,18 @@ def test_dy_is_read_once_only_where_its_shares_are_smaller(width):
         itemsize = 4 if width == "32" else 2
         # Of each row of a tile: fp32 shares written and read again, against dy read again.
         assert (told.dy_reads == 1) == (r <= tile.block_r and (4 + 4) * r <= tile.block_n * itemsize)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 31, 32, 33, 64, 200])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_dyb_costs_its_shares_or_another_read_of_dy(width, rank):
+    asked = problem(r=rank, width=width)
+    tile = plan("triton", r=rank, width=width).tile("bwd_lora_b")
+    shares = 8 * rank / (tile.block_n * asked.dtype.itemsize)
+    of_a_read = min(shares, 1.0) if rank <= tile.block_r else 1.0
+    model, side = Costs(asked), _Side(asked, asked.N)
+    assert model._dyb() == pytest.approx(of_a_read * model._pass(asked.M, asked.N, 1))
+    assert side.dyb() == pytest.approx(of_a_read * side.streams(1))
 
 
 def test_auto_prefers_kernels_where_the_library_needs_passes_over_x():

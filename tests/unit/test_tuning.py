@@ -1,5 +1,6 @@
 """`lora-kernels tune`: what is measured is right, kept, believed, and survives an interruption."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +140,24 @@ def test_what_does_not_fit_is_left_out_and_said(clock, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "left out: CUDA out of memory. Tried to allocate" in out
     assert "3 of 4 kept, 1 left out" in out
+
+
+def test_what_a_cpu_cannot_allocate_is_left_out_and_said(clock, capsys):
+    shapes = "40x24x32,1048576x1048576x1048576,70x24x32"
+    assert main(["tune", "--shapes", shapes, "--dtype", "fp32", "--device", "cpu", "--budget", "30"]) == 0
+    out = capsys.readouterr().out
+    assert "can't allocate memory" in out
+    assert "4 of 6 kept, 2 left out" in out  # forward and backward of each shape
+
+
+def test_progress_is_shown_on_a_terminal(clock, monkeypatch, capsys):
+    assert main([*COMMAND, "--budget", "30"]) == 0
+    assert "s left" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main([*COMMAND, "--budget", "30"]) == 0
+    err = capsys.readouterr().err
+    assert "[........................] 0/4  " in err
+    assert "[############............] 2/4  " in err
 
 
 def test_a_lost_device_ends_it_and_keeps_what_was_measured(clock, monkeypatch, capsys):
