@@ -36,6 +36,7 @@ from lora_kernels.testing import (
     budget_rows,
     make_branch_inputs,
     make_linear_inputs,
+    order_errors,
     poisoned_allocation,
     run_branch,
     run_linear,
@@ -274,7 +275,7 @@ def _plans(
 
 def run_jobs(jobs: Sequence[Job]) -> Iterator[Row]:
     """A row for each job; an exception is a failed row, so that one kernel that does not compile hides no other."""
-    budgets: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+    budgets: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]] = {}
     for job in jobs:
         try:
             if job.case is MASK_CASE:
@@ -284,7 +285,8 @@ def run_jobs(jobs: Sequence[Job]) -> Iterator[Row]:
             key = (job.device, job.case, job.dtype, job.adapter_dtype, job.out_dtype)
             if key not in budgets:
                 budgets.clear()  # jobs of one problem follow one another
-                budgets[key] = _run(inputs.double(), "reference"), _on_cpu(_run(inputs, "reference"))
+                truth = _run(inputs.double(), "reference")
+                budgets[key] = truth, _on_cpu(_run(inputs, "reference")), order_errors(truth, inputs)
             yield _check_numbers(job, inputs, *budgets[key])
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
@@ -335,7 +337,9 @@ def _call(job: Job) -> Callable[[Any], dict[str, Tensor]]:
 # -- how it is judged ------------------------------------------------------------------------------------------
 
 
-def _check_numbers(job: Job, inputs: Inputs, truth: dict[str, Tensor], eager: dict[str, Tensor]) -> Row:
+def _check_numbers(
+    job: Job, inputs: Inputs, truth: dict[str, Tensor], eager: dict[str, Tensor], order: dict[str, float]
+) -> Row:
     call = _call(job)
     # Kernels are launched as written, then recorded, then repeated: each way once. Interpreted, which is one thread, in
     # order, another run would be for nothing.
@@ -344,7 +348,7 @@ def _check_numbers(job: Job, inputs: Inputs, truth: dict[str, Tensor], eager: di
         actual, *others = [call(inputs) for _ in range(runs)]
     if actual.keys() != truth.keys():
         return _row(job, "", math.inf, math.nan, math.nan, f"returned {sorted(actual)}, not {sorted(truth)}")
-    found = budget_rows(_on_cpu(actual), eager, truth)
+    found = budget_rows(_on_cpu(actual), eager, truth, order)
     worst = max(found, key=lambda row: math.inf if math.isnan(row.error) else row.error / row.limit)
     unequal = [name for name in actual if not all(torch.equal(actual[name], other[name]) for other in others)]
     note = f"another run gave other bits in {', '.join(unequal)}" if unequal and worst.ok else ""

@@ -18,4 +18,5 @@ from lora_kernels.testing.linear import (
     run_linear as run_linear,
     run_linear_plan as run_linear_plan,
 )
+from lora_kernels.testing.order import order_errors as order_errors
 from lora_kernels.testing.poison import poisoned_allocation as poisoned_allocation

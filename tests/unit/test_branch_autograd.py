@@ -15,6 +15,7 @@ from lora_kernels.planning import BranchPlan, Way
 from lora_kernels.reference.philox import dropout_scale, keep_mask
 from lora_kernels.testing import run_branch
 from tests.branch_cases import DTYPES, SUBSETS, TENSORS, inputs_of
+from tests.equality import whole, whole_numbers
 from tests.linear_cases import Allocations, assert_same_bits, assert_within_budget
 
 M, N, K, R = 20, 24, 32, 4
@@ -34,7 +35,7 @@ def call(leaves, inputs, **options) -> Tensor:
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_gradients_exactly_where_asked(dtypes, p):
-    inputs = inputs_of((M, N, K), dtypes, R, dropout_p=p)
+    inputs = whole(inputs_of((M, N, K), dtypes, R, dropout_p=p))
     full = run_branch(inputs, "torch")
     for subset in SUBSETS:
         part = run_branch(inputs, "torch", requires_grad=subset)
@@ -114,7 +115,7 @@ def test_nothing_else_of_token_size_is_made(dtypes, strategy, p):
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_second_derivative_is_refused_and_the_first_is_right(p, backend):
-    inputs = inputs_of((M, N, K), FP64, R, dropout_p=p)
+    inputs = whole(inputs_of((M, N, K), FP64, R, dropout_p=p))
     leaves = leaves_of(inputs)
     y = call(leaves, inputs, backend=backend, dropout_seed=0)
     first = torch.autograd.grad(y, list(leaves.values()), inputs.dy, create_graph=True)
@@ -153,7 +154,7 @@ def test_gradcheck_of_the_public_function(p):
 
 
 def test_backward_twice_over_a_kept_graph():
-    inputs = inputs_of((M, N, K), "fp32", R, dropout_p=0.5)
+    inputs = whole(inputs_of((M, N, K), "fp32", R, dropout_p=0.5))
     leaves = leaves_of(inputs)
     y = call(leaves, inputs, dropout_seed=1)
     once = torch.autograd.grad(y, list(leaves.values()), inputs.dy, retain_graph=True)
@@ -173,7 +174,7 @@ def test_a_saved_tensor_that_was_written_to_is_noticed(changed):
 
 
 def test_base_out_is_not_kept_and_may_be_written_to():
-    inputs = inputs_of((M, N, K), "fp32", R)
+    inputs = whole(inputs_of((M, N, K), "fp32", R))
     leaves = leaves_of(inputs)
     y = call(leaves, inputs)
     with torch.no_grad():
@@ -186,8 +187,8 @@ def test_base_out_is_not_kept_and_may_be_written_to():
 @pytest.mark.parametrize("leading", [(), (5,), (2, 5), (2, 1, 5)])
 @pytest.mark.parametrize("change", ["add_", "relu_", "through checkpoint"])
 def test_the_output_may_be_changed_in_place(change, leading, grad):
-    i = inputs_of((M, N, K), "fp32", R)
-    x, base_out, residual = torch.randn(*leading, K), torch.randn(*leading, N), torch.randn(*leading, N)
+    i = whole(inputs_of((M, N, K), "fp32", R))
+    x, base_out, residual = (whole_numbers(torch.randn(*leading, size)) for size in (K, N, N))
 
     def block(x, base_out, lora_A, *, in_place):
         y = lora_branch(base_out, x, lora_A, i.lora_B, backend="torch")
@@ -221,7 +222,7 @@ def test_a_hook_on_base_out_sees_its_gradient_and_may_replace_it():
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16-mixed", "bf16-over-fp32"])
 def test_torch_func_grad(dtypes):
-    i = inputs_of((M, N, K), dtypes, R, dropout_p=0.5)
+    i = whole(inputs_of((M, N, K), dtypes, R, dropout_p=0.5))
 
     def loss(*tensors):
         return (lora_branch(*tensors, scaling=i.scaling, dropout_p=0.5, dropout_seed=0, backend="torch") * i.dy).sum()
@@ -240,13 +241,13 @@ def test_torch_func_grad(dtypes):
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_torch_func_vmap(p):
-    i = inputs_of((M, N, K), FP64, R)
+    i = whole(inputs_of((M, N, K), FP64, R))
     rest = {"scaling": 2.0, "dropout_p": p, "dropout_seed": torch.tensor([4]), "backend": "torch"}
 
     def loss(base_out, x, lora_A, lora_B):
         return lora_branch(base_out, x, lora_A, lora_B, **rest).square().sum()
 
-    base_out, x = torch.randn(3, 5, N).double(), torch.randn(3, 5, K).double()
+    base_out, x = (whole_numbers(torch.randn(3, 5, size).double()) for size in (N, K))
     adapters = (i.lora_A, i.lora_B)
     y = torch.func.vmap(lambda b, x: lora_branch(b, x, *adapters, **rest))(base_out, x)
     assert torch.equal(y, torch.stack([lora_branch(b, a, *adapters, **rest) for b, a in zip(base_out, x, strict=True)]))
@@ -296,23 +297,29 @@ def test_under_autocast_x_is_cast_and_base_out_is_not(dtype, out_dtype, adapters
 def test_autocast_computes_what_the_cast_call_does(dtype, out_dtype, p):
     # fp32 over a 16-bit x is what a quantised layer meets: it answers in the dtype of the x that it was given.
     wide = inputs_of((40, 56, 48), (torch.float32, torch.float32, out_dtype), dropout_p=p)
-    cast = replace(wide, x=wide.x.to(dtype))
-    leaves = leaves_of(wide)
-    with torch.autocast("cpu", dtype):
-        y = call(leaves, wide, dropout_seed=0)
-    y.backward(cast.dy)
-    expected = run_branch(cast, "torch")
-    assert_same_bits({"y": y.detach()}, {"y": expected["y"]})
-    for name in TENSORS:
-        assert leaves[name].grad.dtype == getattr(wide, name).dtype
-        assert torch.equal(leaves[name].grad.float(), expected[f"d_{name}"].float())
+
+    def under_autocast(inputs):
+        leaves = leaves_of(inputs)
+        with torch.autocast("cpu", dtype):
+            y = call(leaves, inputs, dropout_seed=0)
+        y.backward(inputs.dy)
+        for name, leaf in leaves.items():
+            assert leaf.grad.dtype == getattr(inputs, name).dtype
+        return {"y": y.detach()} | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+
+    def as_called(inputs):
+        found = run_branch(replace(inputs, x=inputs.x.to(dtype)), "torch")
+        return found | {"d_x": found["d_x"].to(inputs.x.dtype)}
+
+    assert_same_bits(under_autocast(whole(wide)), as_called(whole(wide)))
+    found = under_autocast(wide)
     # fp32 adapters stay fp32 inside, forward and backward: not one gradient of theirs is a 16-bit number.
-    assert (leaves["lora_A"].grad.to(dtype).float() == leaves["lora_A"].grad).float().mean() < 0.02
-    assert_within_budget(cast, partial(run_branch, backend="torch"))
+    assert (found["d_lora_A"].to(dtype).float() == found["d_lora_A"]).float().mean() < 0.02
+    assert_within_budget(replace(wide, x=wide.x.to(dtype)), partial(run_branch, backend="torch"))
 
 
 def test_autocast_leaves_fp64_alone():
-    i = inputs_of((5, 6, 7), FP64, 2)
+    i = whole(inputs_of((5, 6, 7), FP64, 2))
     arguments = [getattr(i, name) for name in TENSORS]
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_branch(*arguments)
@@ -320,7 +327,7 @@ def test_autocast_leaves_fp64_alone():
 
 
 def test_backward_outside_and_inside_autocast_agree():
-    i = inputs_of((16, 24, 32), "fp32", R)
+    i = whole(inputs_of((16, 24, 32), "fp32", R))
     gradients = []
     for inside in (True, False):
         leaves = leaves_of(i)

@@ -31,7 +31,14 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path not in TUTORIALS], ids=document_id)
+# FSDP2 frees its parameters' memory, which only an allocator's can be.
+FREES = pytest.mark.aligned
+EXAMPLES = [
+    pytest.param(path, marks=FREES if path.stem == "distributed" else ()) for path in DOCUMENTS if path not in TUTORIALS
+]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=document_id)
 def test_python_examples_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_python_blocks(path)

@@ -14,6 +14,7 @@ from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.reference import linear as reference
 from lora_kernels.testing import make_linear_inputs, run_linear
+from tests.equality import whole, whole_numbers
 from tests.linear_cases import DTYPES, PARAMETERS, SUBSETS, Allocations, assert_same_bits, assert_within_budget
 
 M, N, K, R = 20, 24, 32, 4
@@ -32,7 +33,7 @@ def call(leaves, inputs, **options) -> Tensor:
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_gradients_exactly_where_asked(dtype, p):
     x, adapters = DTYPES[dtype]
-    inputs = make_linear_inputs(M, N, K, R, dtype=x, adapter_dtype=adapters, dropout_p=p)
+    inputs = whole(make_linear_inputs(M, N, K, R, dtype=x, adapter_dtype=adapters, dropout_p=p))
     full = run_linear(inputs, "torch")
     for subset in SUBSETS:
         part = run_linear(inputs, "torch", requires_grad=subset)
@@ -114,7 +115,7 @@ def test_allocations_sees_a_temporary():
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_second_derivative_is_refused_and_the_first_is_right(p, backend):
-    inputs = make_linear_inputs(M, N, K, R, dtype=torch.float64, dropout_p=p)
+    inputs = whole(make_linear_inputs(M, N, K, R, dtype=torch.float64, dropout_p=p))
     leaves = leaves_of(inputs)
     y = call(leaves, inputs, backend=backend, dropout_seed=0)
     first = torch.autograd.grad(y, list(leaves.values()), inputs.dy, create_graph=True)
@@ -167,7 +168,7 @@ def test_no_gradient_flows_from_no_use():
 
 
 def test_backward_twice_over_a_kept_graph():
-    inputs = make_linear_inputs(M, N, K, R, dtype=torch.float32, dropout_p=0.5)
+    inputs = whole(make_linear_inputs(M, N, K, R, dtype=torch.float32, dropout_p=0.5))
     leaves = leaves_of(inputs)
     y = call(leaves, inputs, dropout_seed=1)
     once = torch.autograd.grad(y, list(leaves.values()), inputs.dy, retain_graph=True)
@@ -190,8 +191,8 @@ def test_a_saved_tensor_that_was_written_to_is_noticed(changed):
 @pytest.mark.parametrize("leading", [(), (5,), (2, 5), (2, 1, 5)])
 @pytest.mark.parametrize("change", ["add_", "relu_", "through checkpoint"])
 def test_the_output_may_be_changed_in_place(change, leading, grad):
-    i = make_linear_inputs(M, N, K, R, dtype=torch.float32)
-    x, residual = torch.randn(*leading, K), torch.randn(*leading, N)
+    i = whole(make_linear_inputs(M, N, K, R, dtype=torch.float32))
+    x, residual = whole_numbers(torch.randn(*leading, K)), whole_numbers(torch.randn(*leading, N))
 
     def block(x, lora_A, *, in_place):
         y = lora_linear(x, i.weight, lora_A, i.lora_B, i.bias, backend="torch")
@@ -212,7 +213,7 @@ def test_the_output_may_be_changed_in_place(change, leading, grad):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])
 def test_torch_func_grad(dtype):
     x, adapters = DTYPES[dtype]
-    i = make_linear_inputs(M, N, K, R, dtype=x, adapter_dtype=adapters, dropout_p=0.5)
+    i = whole(make_linear_inputs(M, N, K, R, dtype=x, adapter_dtype=adapters, dropout_p=0.5))
 
     def loss(*tensors):
         y = lora_linear(*tensors, scaling=i.scaling, dropout_p=0.5, dropout_seed=0, backend="torch")
@@ -232,13 +233,13 @@ def test_torch_func_grad(dtype):
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_torch_func_vmap(p):
-    i = make_linear_inputs(M, N, K, R, dtype=torch.float64, dropout_p=p)
+    i = whole(make_linear_inputs(M, N, K, R, dtype=torch.float64, dropout_p=p))
     rest = {"scaling": 2.0, "dropout_p": p, "dropout_seed": torch.tensor([4]), "backend": "torch"}
 
     def loss(x, weight, lora_A, lora_B, bias):
         return lora_linear(x, weight, lora_A, lora_B, bias, **rest).square().sum()
 
-    batch = torch.randn(3, 5, K).double()
+    batch = whole_numbers(torch.randn(3, 5, K).double())
     tensors = [getattr(i, name) for name in PARAMETERS[1:]]
     y = torch.func.vmap(lambda x: lora_linear(x, *tensors, **rest))(batch)
     assert torch.equal(y, torch.stack([lora_linear(x, *tensors, **rest) for x in batch]))
@@ -279,30 +280,35 @@ def test_autocast_is_f_linears(dtype, adapters, x_dtype, backend):
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_autocast_computes_what_the_cast_call_does(dtype, p):
     wide = make_linear_inputs(40, 56, 48, 8, dtype=torch.float32, dropout_p=p)
-    cast = replace(wide, x=wide.x.to(dtype), weight=wide.weight.to(dtype), dy=wide.dy.to(dtype))
-    leaves = leaves_of(wide)
-    with torch.autocast("cpu", dtype):
-        y = call(leaves, wide, dropout_seed=0)
-    y.backward(cast.dy)
-    expected = run_linear(cast, "torch")
-    assert torch.equal(y, expected["y"])
-    for name in PARAMETERS:
-        assert leaves[name].grad.dtype == torch.float32
-        assert torch.equal(leaves[name].grad, expected[f"d_{name}"].float())
+
+    def cast(inputs):
+        return replace(inputs, x=inputs.x.to(dtype), weight=inputs.weight.to(dtype), dy=inputs.dy.to(dtype))
+
+    def under_autocast(inputs):
+        leaves = leaves_of(inputs)
+        with torch.autocast("cpu", dtype):
+            y = call(leaves, inputs, dropout_seed=0)
+        y.backward(inputs.dy.to(dtype))
+        assert all(leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+        return {"y": y.detach()} | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+
+    expected = run_linear(cast(whole(wide)), "torch")
+    assert_same_bits(under_autocast(whole(wide)), {n: t if n == "y" else t.float() for n, t in expected.items()})
     # fp32 adapters, and a bias beside them, stay fp32 inside: not one gradient of theirs is a 16-bit number.
-    assert (leaves["lora_A"].grad.to(dtype).float() == leaves["lora_A"].grad).float().mean() < 0.02
-    assert_within_budget(cast, partial(run_linear, backend="torch"))
+    d_lora_A = under_autocast(wide)["d_lora_A"]
+    assert (d_lora_A.to(dtype).float() == d_lora_A).float().mean() < 0.02
+    assert_within_budget(cast(wide), partial(run_linear, backend="torch"))
 
 
 def test_autocast_leaves_fp64_alone():
-    i = make_linear_inputs(5, 6, 7, 2, dtype=torch.float64)
+    i = whole(make_linear_inputs(5, 6, 7, 2, dtype=torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_linear(i.x, i.weight, i.lora_A, i.lora_B, i.bias)
     assert torch.equal(y, lora_linear(i.x, i.weight, i.lora_A, i.lora_B, i.bias))
 
 
 def test_backward_outside_and_inside_autocast_agree():
-    i = make_linear_inputs(16, 24, 32, 4, dtype=torch.float32)
+    i = whole(make_linear_inputs(16, 24, 32, 4, dtype=torch.float32))
     gradients = []
     for inside in (True, False):
         leaves = leaves_of(i)

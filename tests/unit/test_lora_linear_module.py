@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from lora_kernels import ArgumentError, DeviceError, DtypeError, LoRALinear, lora_linear
 from lora_kernels.testing import budget_rows, make_linear_inputs, run_linear
+from tests.equality import assert_same_numbers, differ, in_whole_numbers, whole
+from tests.linear_cases import assert_same_bits
 
 K, N, R = 24, 20, 4
 STATE = {"weight", "bias", "lora_A", "lora_B"}
@@ -72,11 +74,12 @@ def test_two_layers_may_share_a_weight():
     base = nn.Linear(K, N)
     first, second = (LoRALinear.from_linear(base, r=R, init_lora_weights=False) for _ in range(2))
     before = base.weight.clone()
-    x = torch.randn(3, K)
-    expected = second(x)
+    tensors = [second.weight, second.lora_A.clone(), second.lora_B.clone()]
     first.merge()
     assert torch.equal(base.weight, before)
-    assert torch.equal(second(x), expected)
+    assert second.weight is tensors[0]
+    assert torch.equal(second.lora_A, tensors[1])
+    assert torch.equal(second.lora_B, tensors[2])
 
 
 def test_a_refused_from_linear_leaves_the_linear_alone():
@@ -95,8 +98,9 @@ def test_state_dict_keys_and_round_trip(bias):
     assert set(state) == STATE - (set() if bias else {"bias"})
     other = LoRALinear(K, N, bias, r=R, lora_alpha=8)
     assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
+    assert_same_bits(other.state_dict(), state)
     x = torch.randn(3, K)
-    assert torch.equal(other(x), layer(x))
+    assert_same_numbers(other(x), layer(x))
 
 
 def test_a_plain_linears_state_loads_where_only_the_adapter_is_missing():
@@ -133,8 +137,9 @@ def test_copies(how, merged):
         if merged:
             other.merge()
     layer.eval(), other.eval()
+    assert_same_bits(other.state_dict(), layer.state_dict())
     x = torch.randn(3, K, dtype=torch.bfloat16)
-    assert torch.equal(other(x), layer(x))
+    assert_same_numbers(other(x), layer(x))
     with torch.no_grad():
         other.weight.zero_()
     assert layer.weight.any()
@@ -149,8 +154,9 @@ def test_a_whole_layer_is_pickled():
     torch.save(layer, buffer)
     buffer.seek(0)
     other = torch.load(buffer, weights_only=False)
+    assert_same_bits(other.state_dict(), layer.state_dict())
     x = torch.randn(3, K)
-    assert torch.equal(other(x), layer(x))
+    assert_same_numbers(other(x), layer(x))
     assert repr(other) == repr(layer)
 
 
@@ -204,7 +210,7 @@ def test_scaling(rslora, scaling):
     layer = trained(r=4, lora_alpha=16, use_rslora=rslora)
     assert layer.scaling == scaling
     x = torch.randn(3, K)
-    assert torch.equal(layer(x), lora_linear(x, *layer_tensors(layer), scaling=scaling))
+    assert_same_numbers(layer(x), lora_linear(x, *layer_tensors(layer), scaling=scaling))
 
 
 def layer_tensors(layer):
@@ -214,14 +220,14 @@ def layer_tensors(layer):
 def test_train_and_eval_govern_dropout():
     layer, x = trained(lora_dropout=0.5), torch.randn(8, K)
     plain = lora_linear(x, *layer_tensors(layer), scaling=2.0)
-    assert not torch.equal(layer(x), layer(x))
+    assert differ(layer(x), layer(x))
     torch.manual_seed(1)
     first = layer(x)
     torch.manual_seed(1)
-    assert torch.equal(layer(x), first)
-    assert torch.equal(layer.eval()(x), plain)
-    assert not torch.equal(layer.train()(x), plain)
-    assert torch.equal(trained(lora_dropout=0.0)(x), plain)
+    assert_same_numbers(layer(x), first)
+    assert_same_numbers(layer.eval()(x), plain)
+    assert differ(layer.train()(x), plain)
+    assert_same_numbers(trained(lora_dropout=0.0)(x), plain)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -363,8 +369,8 @@ def test_training_follows_a_hand_written_layer_in_fp64(p):
 
 
 def test_layer_is_the_function():
-    inputs = make_linear_inputs(7, N, K, R, dtype=torch.float32)
-    layer = trained()
+    inputs = whole(make_linear_inputs(7, N, K, R, dtype=torch.float32))
+    layer = in_whole_numbers(trained())
     tensors = dict(zip(("weight", "lora_A", "lora_B", "bias"), (p.detach() for p in layer_tensors(layer)), strict=True))
     expected = run_linear(replace(inputs, **tensors, scaling=2.0), "auto")
     for p in layer.parameters():
@@ -383,7 +389,7 @@ def test_nn_transforms_take_it_for_a_linear():
     state = model.state_dict()
     stateless = partial(torch.func.functional_call, model, state)
     x = torch.randn(2, K)
-    assert torch.equal(stateless((x,)), model(x))
+    assert_same_numbers(stateless((x,)), model(x))
 
 
 def test_from_linear_refuses_what_it_would_break():
