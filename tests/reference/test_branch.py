@@ -10,6 +10,7 @@ from lora_kernels.reference.branch import branch_backward, branch_forward, lora_
 from lora_kernels.reference.linear import drop, lora_linear
 from lora_kernels.reference.philox import keep_mask
 from lora_kernels.testing import BranchInputs, make_branch_inputs, make_linear_inputs, relative_error
+from tests.equality import assert_same_numbers
 
 # fp64 rounding over sums of at most 64 terms: each result carries at most 2 * 64 roundings of 2^-53, in three products.
 FP64_ROUNDING = 3 * 2 * 64 * 2**-53
@@ -89,7 +90,7 @@ def test_hand_derived_gradients_are_autograds(size, p):
 @pytest.mark.parametrize("p", DROPOUT)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_over_a_linear_base_it_is_the_linear(size, p, dtype):
-    # Bit by bit, gradients included: the specification of the one is that of the other, cut in two.
+    # Gradients included: the specification of the one is that of the other, cut in two.
     i = make_linear_inputs(*size, dtype=dtype, dropout_p=p, seed=3)
     results = []
     for cut in (False, True):
@@ -101,7 +102,7 @@ def test_over_a_linear_base_it_is_the_linear(size, p, dtype):
         else:
             y = lora_linear(x, weight, lora_A, lora_B, bias, **options)
         results.append((y, *torch.autograd.grad(y, leaves, i.dy)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same_numbers(*results)
 
 
 @pytest.mark.parametrize("size", SIZES)

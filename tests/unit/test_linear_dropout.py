@@ -10,6 +10,7 @@ from lora_kernels import LoRALinear, lora_linear
 from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import dropout_scale, keep_mask
+from tests.equality import whole_numbers
 
 BACKENDS = ("torch", "reference", "auto")
 DTYPES = {
@@ -158,7 +159,7 @@ def test_extreme_p(backend, p):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_p_zero_is_the_call_without_dropout(backend):
-    x, weight, lora_A, lora_B = torch.randn(5, 16), torch.randn(8, 16), torch.randn(4, 16), torch.randn(8, 4)
+    x, weight, lora_A, lora_B = (whole_numbers(torch.randn(s)) for s in ((5, 16), (8, 16), (4, 16), (8, 4)))
     plain = lora_linear(x, weight, lora_A, lora_B, backend=backend)
     assert torch.equal(lora_linear(x, weight, lora_A, lora_B, dropout_p=0.0, dropout_seed=3, backend=backend), plain)
     assert torch.equal(lora_linear(x, weight, lora_A, lora_B, dropout_p=0, backend=backend), plain)
@@ -179,6 +180,6 @@ def test_a_dropped_element_never_reaches_the_adapter(backend, value):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_base_path_is_never_dropped(backend):
-    x, weight = torch.randn(20, 16).double(), torch.randn(8, 16).double()
+    x, weight = whole_numbers(torch.randn(20, 16).double()), whole_numbers(torch.randn(8, 16).double())
     y = lora_linear(x, weight, x.new_zeros(2, 16), x.new_zeros(8, 2), dropout_p=0.9, backend=backend)
     assert torch.equal(y, x @ weight.T)
