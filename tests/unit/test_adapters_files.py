@@ -26,6 +26,7 @@ from lora_kernels import (
     unmerge_lora,
 )
 from tests.adapter_models import Block, Stack, state_of
+from tests.equality import assert_same_numbers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -71,12 +72,14 @@ def test_round_trip(tmp_path, base, x, dtype, options):
     save_lora(model, tmp_path / "new" / "folder")
     other = copy.deepcopy(base)
     report = load_lora(other, str(tmp_path / "new" / "folder"))
-    assert torch.equal(other(x), model(x))
+    assert_same_numbers(other(x), model(x))
     assert [m.name for m in report.modules] == [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             twin = other.get_submodule(name)
             assert (twin.r, twin.lora_dropout, twin.scaling) == (layer.r, layer.lora_dropout, layer.scaling)
+            assert torch.equal(twin.lora_A, layer.lora_A)
+            assert torch.equal(twin.lora_B, layer.lora_B)
             assert twin.lora_A.dtype == layer.lora_A.dtype == dtype
             assert (twin.lora_A.requires_grad, twin.weight.requires_grad, twin.training) == (True, False, False)
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [CONFIG, WEIGHTS]
@@ -217,7 +220,7 @@ def test_a_module_at_two_places_is_saved_under_both_names_and_loaded_once(tmp_pa
     ]
     other = shared()
     load_lora(other, tmp_path)
-    assert torch.equal(other(x), model(x))
+    assert_same_numbers(other(x), model(x))
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["base_model.model.1.up.lora_B.weight"] += 1
     save_file(tensors, tmp_path / WEIGHTS)
@@ -235,7 +238,7 @@ def test_loading_into_an_adapter_writes_in_place(tmp_path, base, x):
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     load_lora(model, tmp_path)
     assert {name: id(p) for name, p in model.named_parameters()} == ids
-    assert torch.equal(model(x), expected)
+    assert_same_numbers(model(x), expected)
     assert (model.head.lora_alpha, model.head.use_rslora, model.head.lora_dropout) == (7, True, 0.5)
     assert all(any(p is q for q in model.parameters()) for p in optimiser.param_groups[0]["params"])
 
@@ -252,7 +255,7 @@ def test_loading_into_an_inactive_adapter_activates_it(tmp_path, base, x):
     add_lora(model, r=2, target_modules=["q_proj"], adapter_name="b", init_lora_weights=False)
     load_lora(model, tmp_path)
     assert model.head.active_adapter == "default"
-    assert torch.equal(model(x), load_and_run(base, tmp_path, x))
+    assert_same_numbers(model(x), load_and_run(base, tmp_path, x))
     set_adapter(model, "b")
     assert model.head.active_adapter is None
 
@@ -267,8 +270,8 @@ def test_loading_beside_another_adapter(tmp_path, base, x):
         outputs[name] = model(x)
     for name in ("a", "b"):
         set_adapter(model, name)
-        assert torch.equal(model(x), outputs[name])
-        assert torch.equal(model(x), load_and_run(base, tmp_path / name, x))
+        assert_same_numbers(model(x), outputs[name])
+        assert_same_numbers(model(x), load_and_run(base, tmp_path / name, x))
 
 
 @pytest.mark.parametrize("name", ["default", "new"])
@@ -281,7 +284,7 @@ def test_a_merged_model_is_merged_with_what_is_loaded(tmp_path, base, x, name):
     fresh = copy.deepcopy(base)
     load_lora(fresh, tmp_path)
     merge_lora(fresh)
-    assert torch.equal(model(x), fresh(x))
+    assert_same_numbers(model(x), fresh(x))
     unmerge_lora(model)
     assert torch.equal(model.head.weight, base.head.weight)
 
@@ -317,9 +320,9 @@ def test_a_minimal_config_of_peft_is_enough(tmp_path, base, x):
     model = trained(base, r=8, lora_alpha=8)
     save_lora(model, tmp_path)
     (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "target_modules": ["up", "head"]}')
-    assert torch.equal(load_and_run(base, tmp_path, x), model(x))
+    assert_same_numbers(load_and_run(base, tmp_path, x), model(x))
     (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')  # the keys say which modules
-    assert torch.equal(load_and_run(base, tmp_path, x), model(x))
+    assert_same_numbers(load_and_run(base, tmp_path, x), model(x))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +338,7 @@ def test_layers_to_transform(tmp_path, base, x, change):
     model = trained(base, target_modules=["0.layers.1.up"])
     save_lora(model, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({**config_of(tmp_path), "target_modules": ["up"], **change}))
-    assert torch.equal(load_and_run(base, tmp_path, x), model(x))
+    assert_same_numbers(load_and_run(base, tmp_path, x), model(x))
     (tmp_path / CONFIG).write_text(
         json.dumps({**config_of(tmp_path), "target_modules": ["up"], **change, "layers_to_transform": [0]})
     )
@@ -393,12 +396,12 @@ def test_a_save_that_dies_leaves_no_pair_of_two_saves(tmp_path, base, x, monkeyp
             save_lora(new, tmp_path)
     if call in (1, 5):
         expected = old if call == 1 else new
-        assert torch.equal(load_and_run(base, tmp_path, x), expected(x))
+        assert_same_numbers(load_and_run(base, tmp_path, x), expected(x))
     else:
         with pytest.raises(AdapterFileError, match="expected the adapter's config; found no such file"):
             load_lora(copy.deepcopy(base), tmp_path)
     save_lora(new, tmp_path)
-    assert torch.equal(load_and_run(base, tmp_path, x), new(x))
+    assert_same_numbers(load_and_run(base, tmp_path, x), new(x))
 
 
 def test_saving_replaces_links_and_does_not_follow_them(tmp_path, base):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lora_kernels import LoRALinear, UnsupportedError, lora_branch
 from lora_kernels.testing import budget_rows
+from tests.equality import assert_same_numbers
 from tests.stack_cases import assert_one_mask, chain, compiler_warnings
 
 pytestmark = compiler_warnings
@@ -153,9 +154,7 @@ def test_autocast_around_within_and_partly_switched_off(dtype):
     ):
         (expected_dtype, expected), (found_dtype, found) = run(eager), run(fast)
         assert found_dtype == expected_dtype
-        for name, value in expected.items():
-            assert found[name].dtype == value.dtype, name
-            assert torch.equal(found[name], value), name
+        assert_same_numbers(found, expected)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -173,7 +172,7 @@ def test_a_backend_that_cannot_serve_the_call_is_refused_while_compiling(operati
     x = torch.randn(3, 24)
     with pytest.raises(UnsupportedError, match=r"backend='triton' cannot serve .*CPU.*Use backend='auto' to fall back"):
         compiled(x, "triton")
-    assert torch.equal(compiled(x, "auto"), call(x, "auto"))
+    assert_same_numbers(compiled(x, "auto"), call(x, "auto"))
 
 
 def test_torch_func_inside_of_a_compiled_function():
@@ -190,7 +189,7 @@ def test_torch_func_inside_of_a_compiled_function():
     expected = grad(loss)(parameters, x)
     torch.compiler.reset()
     found = torch.compile(grad(loss), backend="aot_eager")(parameters, x)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert_same_numbers(found, expected)
     layer.backend = "reference"
     torch.compiler.reset()
     found = torch.compile(grad(loss), backend="aot_eager", fullgraph=True)(parameters, x)
