@@ -65,7 +65,9 @@ def assert_rounded_once(actual: Tensor, truth: Tensor, slack: Tensor) -> None:
     half_unit = half_unit.clamp_min(torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps / 2)
     excess = (actual.detach().double() - truth).abs() - half_unit
     beyond = excess > slack
-    assert not beyond.any(), f"{beyond.sum()} of {beyond.numel()} elements, by up to {(excess / half_unit).max()} of one"
+    assert not beyond.any(), (
+        f"{beyond.sum()} of {beyond.numel()} elements, by up to {(excess / half_unit).max()} of one"
+    )
 
 
 def _largest(t: Tensor) -> float:

@@ -61,6 +61,7 @@ def placed(placement: str) -> Iterator[None]:
 
         return made
 
-    with mock.patch.multiple(torch, **{name: placing(getattr(torch, name)) for name in _FACTORIES}):
-        with mock.patch.multiple(Tensor, **{name: placing(getattr(Tensor, name)) for name in _METHODS}):
-            yield
+    factories = {name: placing(getattr(torch, name)) for name in _FACTORIES}
+    methods = {name: placing(getattr(Tensor, name)) for name in _METHODS}
+    with mock.patch.multiple(torch, **factories), mock.patch.multiple(Tensor, **methods):
+        yield

@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_kernels import patch_peft
 from lora_kernels.testing import budget_rows
+from tests.equality import assert_same_numbers
 from tests.interop.peft_cases import (
     adapted,
     assert_within_budget,
@@ -159,8 +160,8 @@ def test_disabled_layers_of_others(cls):
     patch_peft(patched)
     for twin in (layer, patched):
         twin.enable_adapters(False)
-    assert torch.equal(patched(x), layer(x))
-    assert torch.equal(patched(x), layer.base_layer(x))
+    assert_same_numbers(patched(x), layer(x))
+    assert_same_numbers(patched(x), layer.base_layer(x))
 
 
 @pytest.mark.parametrize("cls", [lora.GPTQLoraLinear, AwqLoraLinear])
@@ -330,8 +331,8 @@ def test_weights_outside_the_parameters():
     with fused_calls() as calls:
         actual = run(patched, x)
     assert calls.operations == ["lora_linear"] * 2
-    assert torch.equal(actual["y"], expected["y"])
-    assert torch.equal(actual["d_x"], expected["d_x"])
+    assert_same_numbers(actual["y"], expected["y"])
+    assert_same_numbers(actual["d_x"], expected["d_x"])
 
 
 def test_hooked_layers_are_left_to_module_call():

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import add_lora, patch_peft
 from lora_kernels.testing import budget_rows
+from tests.equality import assert_same_numbers
 from tests.interop.peft_cases import stock_twin
 from tests.stack_cases import compiled_checkpoints_replay, compiler_warnings, counted_forwards
 
@@ -84,9 +85,7 @@ def test_a_model_that_checkpoints_is_one_graph_for_all_lengths(monkeypatch, repl
     with torch._dynamo.config.patch(error_on_recompile=True), counted_forwards(monkeypatch) as count:
         found += [step(model, size) for size in SIZES[2:]]
     assert count == [2 * LINEARS * (2 if replays else 1)]  # each forward and its replay, in each of two steps
-    for each, wanted in zip(found, expected, strict=True):
-        for name, value in wanted.items():
-            assert torch.equal(each[name], value), name
+    assert_same_numbers(found, expected)
 
 
 def test_a_patched_layer_of_a_model_under_inductor():

@@ -17,6 +17,7 @@ from transformers import (
 from lora_kernels import patch_peft
 from lora_kernels.interop import _peft_layers
 from lora_kernels.testing import budget_rows
+from tests.equality import assert_same_numbers, differ
 from tests.interop.peft_cases import fused_calls, layers_of, patched_twin, stock_twin
 
 # The names that every Transformers 5 has, by which PEFT and these tests call; the newest has given them another one.
@@ -152,9 +153,8 @@ def test_checkpointing_with_dropout(kind, reentrant):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         found = step(kind, model)
     assert len(calls.operations) == 4 * once  # each forward twice
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-        assert not torch.equal(other[name], tensor), name
+    assert_same_numbers(found, expected)
+    assert all(differ(other[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -235,4 +235,4 @@ def test_trainer_that_checkpoints(kind, tmp_path):
     model = adapted(kind, lora_dropout=0.1)
     expected = trained(kind, patched_twin(model), tmp_path)
     found = trained(kind, patched_twin(model), tmp_path, gradient_checkpointing=True)
-    assert all(torch.equal(found[part], tensor) for part, tensor in expected.items())
+    assert_same_numbers(found, expected)

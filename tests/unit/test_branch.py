@@ -232,11 +232,11 @@ def test_over_f_linear_it_is_lora_linear(dtypes, p):
     i = make_linear_inputs(40, 56, 48, 8, dtype=x, adapter_dtype=adapters, dropout_p=p, seed=5)
     order = order_errors(truth_of(i), i)
     results = []
-    for whole in (True, False):
+    for in_one in (True, False):
         leaves = [t.detach().clone().requires_grad_() for t in (i.x, i.weight, i.lora_A, i.lora_B, i.bias)]
         a, weight, lora_A, lora_B, bias = leaves
         options = {"scaling": 2.0, "dropout_p": p, "dropout_seed": 5, "backend": "torch"}
-        if whole:
+        if in_one:
             y = lora_linear(a, weight, lora_A, lora_B, bias, **options)
         else:
             y = lora_branch(F.linear(a, weight, bias), a, lora_A, lora_B, **options)
