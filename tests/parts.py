@@ -50,7 +50,7 @@ PARTS = {
     "processors": Part(("--placement", "16", *NUMBERS), ONE_THREAD | OTHER_ARITHMETIC),
     # Its ranks are processes of their own already, and every worker would start a set.
     "distributed": Part(("tests/distributed",), ONE_THREAD, shared=False),
-    # Triton reads TRITON_INTERPRET once, when the kernels are imported; the interpreter's NumPy products are small, too.
+    # Triton reads TRITON_INTERPRET once, when the kernels are imported; its NumPy products are small, too.
     "interpret": Part(("tests/interpret",), ONE_THREAD | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}),
     "compile": Part(("tests/compile",)),
 }

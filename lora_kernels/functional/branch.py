@@ -130,7 +130,10 @@ def lora_branch(
         Dropped elements are exactly zero, also where x is Inf or NaN; elsewhere Inf and NaN propagate as there.
 
     Determinism:
-        The same call gives the same bits: reductions run in fixed order, without floating-point atomics.
+        Masks are everywhere the same function of seed, row and column. The kernels give the same bits for the same call:
+        reductions run in fixed order, without floating-point atomics. Where a library multiplies, its bits are the
+        library's to promise: on a CPU they may change with the operands' addresses, threads and instructions
+        (docs/design/numerics.md has what PyTorch and MKL offer).
 
     Saved for backward:
         x, and M * R elements of lora_A's dtype; with dropout, 8 bytes for the seed (24 with an offset). No mask, no
@@ -146,7 +149,7 @@ def lora_branch(
         >>> x, base = torch.randn(2, 5, 64), torch.nn.Linear(64, 32)
         >>> lora_A, lora_B = torch.randn(8, 64, requires_grad=True), torch.zeros(32, 8, requires_grad=True)
         >>> y = lora_branch(base(x), x, lora_A, lora_B, scaling=2.0, dropout_p=0.1)
-        >>> torch.equal(y, base(x))
+        >>> torch.allclose(y, base(x))
         True
     """
     _checks.check_backend(backend)

@@ -25,9 +25,14 @@ def order_errors(truth: Mapping[str, Tensor], *problems: LinearInputs | BranchIn
     """
     squares = [_squared(problem) for problem in problems]
     (n, r), k = problems[0].lora_B.shape, problems[0].lora_A.shape[1]
-    terms = problems[0].x.numel() // k + n + k + r  # more than any two sums in a row have
+    m = problems[0].x.numel() // k
+    # Of the longest chain of two sums: through xa, K terms, and through dyb, N; base and bias are one each.
+    terms = {
+        "y": k + r + 2, "d_x": n + r + 1, "d_weight": m, "d_lora_A": n + m, "d_lora_B": k + m, "d_bias": m,
+        "d_base_out": 1,
+    }  # fmt: skip
     return {
-        name: order_error(exact, torch.cat([q[name].flatten() for q in squares]), terms, problems[0].x.dtype)
+        name: order_error(exact, torch.cat([q[name].flatten() for q in squares]), terms[name], problems[0].x.dtype)
         for name, exact in truth.items()
     }
 

@@ -1,12 +1,11 @@
 """Tests that compile kernels and launch nothing.
 
 Where TRITON_INTERPRET is set there is nothing to compile, because kernels are then Python functions: the
-folder is left out. Kernels land in a cache that goes with the session, so that every run compiles anew, no
-home directory is written to, and workers do not share.
+folder is left out. Kernels land in a cache that goes with the session, so that every run compiles anew and no home
+directory is written to; its workers share it.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from bench.driver import Driver
+from tests.compile.figures import BOOK, FILE
 
 _FOLDER = Path(__file__).parent
 COMPILING = os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "yes", "on", "y")
@@ -34,10 +34,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("compile_only")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-figures", action="store_true", help=f"compile what {FILE.name} has, too, and compare")
+    parser.addoption("--write-figures", action="store_true", help=f"write {FILE.name}: all that this run asked for")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    BOOK.all = config.getoption("--all-figures", False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = sorted(BOOK.asked), BOOK.compiled
+    elif session.config.getoption("--write-figures", False):
+        BOOK.write(FILE)
+    elif BOOK.all and BOOK.stale and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    BOOK.join(*getattr(node, "workeroutput", {}).get("figures", ((), {})))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not BOOK.asked:
+        return
+    write = terminalreporter.write_line
+    write(f"figures of {len(BOOK.asked)} kernels, {len(BOOK.compiled)} of them compiled in this run")
+    if BOOK.missing:
+        write(f"not in {FILE.name}, hence compiled in every run until `make figures`: {len(BOOK.missing)}")
+    if BOOK.all and BOOK.stale:
+        write(f"in {FILE.name}, and nothing asks for it any more (`make figures`): {', '.join(BOOK.stale)}", red=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def kernel_cache() -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", folder)
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    own = tmp_path_factory.getbasetemp()
+    shared = own if "PYTEST_XDIST_WORKER" not in os.environ else own.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(shared / "kernels"))
         yield
 
 

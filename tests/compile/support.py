@@ -2,7 +2,8 @@
 
 Needs neither a driver nor a CUDA toolkit: Triton's wheel carries ptxas, cuobjdump and nvdisasm, and LLVM for
 AMD. A kernel takes 0.2 to 1 s; its figures cost 10 ms more, and `opcodes`, which disassembles, about as much
-as compiling again, so it is read only when asked for.
+as compiling again, so it is read only when asked for. `kept_figures` compiles only what tests/compile/figures.json
+does not have.
 """
 
 import dataclasses
@@ -11,13 +12,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tests.compile.figures import BOOK, Book, key_of
 
 # Most shared memory that one block may ask for. NVIDIA: CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability" (the opt-in maximum: 1 KiB less than the multiprocessor has). AMD:
@@ -50,6 +53,7 @@ class Figures:
             on NVIDIA.
         shared_bytes: shared memory that the launch asks for.
         tensor_memory_columns: of sm_100; 0 elsewhere.
+        machine_code: makes the cubin, or AMD's assembly as text: at hand where this was compiled, else compiled then.
     """
 
     target: str
@@ -58,7 +62,19 @@ class Figures:
     spilled_registers: int
     shared_bytes: int
     tensor_memory_columns: int
-    binary: bytes = dataclasses.field(repr=False)
+    machine_code: Callable[[], bytes] = dataclasses.field(repr=False)
+
+    @property
+    def numbers(self) -> list[int]:
+        """All that is kept of a kernel."""
+        return [
+            self.registers, self.spill_bytes, self.spilled_registers, self.shared_bytes, self.tensor_memory_columns,
+        ]  # fmt: skip
+
+    @functools.cached_property
+    def binary(self) -> bytes:
+        """What machine_code makes."""
+        return self.machine_code()
 
     @functools.cached_property
     def sass(self) -> str:
@@ -132,7 +148,8 @@ def compile_only(
     kernel = triton.compile(source, target=_gpu_target(target), options=options)
     if target.startswith("gfx"):
         return _amd_figures(kernel, target)
-    usage = _nvidia_tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
+    cubin = kernel.asm["cubin"]
+    usage = _nvidia_tool("cuobjdump", cubin, "-res-usage")
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return Figures(
         target=target,
@@ -141,8 +158,26 @@ def compile_only(
         spilled_registers=0,
         shared_bytes=kernel.metadata.shared,
         tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
-        binary=kernel.asm["cubin"],
+        machine_code=lambda: cubin,
     )
+
+
+def kept_figures(
+    fn: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], target: str, num_warps: int,
+    num_stages: int, divisible_by_16: Collection[str] = (), *, book: Book = BOOK, **options: Any,
+) -> Figures:  # fmt: skip
+    """As `compile_only`, compiled only where the book has no figures of it, or is to be checked."""
+    signature = {name: signature[name] for name in fn.arg_names if name in signature}
+    circumstances = signature, constexprs, target, num_warps, num_stages, frozenset(divisible_by_16), options
+    key = key_of(fn, *circumstances)
+
+    def compiled() -> Figures:
+        figures = compile_only(*(fn, *circumstances[:-1]), **options)
+        book.add(key, f"{fn.__name__} {target}", figures.numbers)
+        return figures
+
+    numbers = book.find(key)
+    return compiled() if numbers is None else Figures(target, *numbers, machine_code=lambda: compiled().binary)
 
 
 def _gpu_target(target: str) -> GPUTarget:
@@ -162,7 +197,7 @@ def _amd_figures(kernel: Any, target: str) -> Figures:
         spilled_registers=found["vgpr_spill_count"] + found["sgpr_spill_count"],
         shared_bytes=kernel.metadata.shared,
         tensor_memory_columns=0,
-        binary=assembly.encode(),
+        machine_code=assembly.encode,
     )
 
 

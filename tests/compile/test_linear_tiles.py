@@ -27,7 +27,7 @@ from lora_kernels.planning.tiles import (
     shipped_tiles,
     tile_of,
 )
-from tests.compile.support import TARGETS, Figures, compile_only
+from tests.compile.support import TARGETS, Figures, kept_figures
 
 KERNELS = {
     "shrink": shrink_kernel,
@@ -157,7 +157,7 @@ def figures_of(
             signature[name] = "i32"
         if name.endswith("_ptr") or (signature[name] == "i32" and name not in unaligned):
             aligned.add(name)
-    return compile_only(kernel, signature, constexprs, target, tile.num_warps, tile.num_stages, aligned)
+    return kept_figures(kernel, signature, constexprs, target, tile.num_warps, tile.num_stages, aligned)
 
 
 def cases() -> Iterator[Any]:
@@ -212,7 +212,7 @@ def test_the_reduction_has_no_faults(target: str, dtypes: tuple[str, ...]) -> No
         else:
             constexprs |= dict.fromkeys([*given, f"out_{index}_ptr"])
     aligned = [name for name in signature if name.endswith("_ptr")]
-    figures = compile_only(reduce_partials_kernel, signature, constexprs, target, 4, 1, aligned)
+    figures = kept_figures(reduce_partials_kernel, signature, constexprs, target, 4, 1, aligned)
     assert figures.faults() == []
     if target.startswith("sm_"):
         # A chain of shares must not wait for each in turn: all but one of the ring are on their way before the first

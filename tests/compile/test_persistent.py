@@ -9,7 +9,7 @@ import pytest
 
 from lora_kernels.kernels import persistent
 from lora_kernels.planning.tiles import Tile, tile_of
-from tests.compile.support import Figures, compile_only
+from tests.compile.support import Figures, kept_figures
 
 
 def persistent_tile(n: int, rank: int) -> Tile:
@@ -51,7 +51,7 @@ def figures_of(dtype: str, tile: Tile, variant: str) -> Figures:
     else:
         known["bias_ptr"] = None
     aligned = {"bias_ptr"} & signature.keys()
-    return compile_only(
+    return kept_figures(
         persistent.persistent_kernel, signature, known, "sm_90", tile.num_warps, tile.num_stages, aligned
     )
 

@@ -12,6 +12,7 @@ from tests.distributed.pool import Pool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole-product", action="store_true", help="test_matrix.py: all 48 combinations, not six")
     parser.addoption("--write-table", action="store_true", help="write what test_matrix.py found into the docs")
 
 

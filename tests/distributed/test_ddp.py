@@ -20,6 +20,7 @@ from tests.distributed.training import (
     train,
     trainable,
 )
+from tests.equality import assert_same_numbers
 
 CASES = {
     "fp32": {},
@@ -52,7 +53,7 @@ def run_case(rank, world_size, options):
 @pytest.mark.parametrize("checkpoints", ["reentrant", "not reentrant"])
 def test_a_recomputed_mask_is_the_same_mask(pool, checkpoints):
     for kept, recomputed in pool.run(run_dropout, checkpoints, processes=2):
-        assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
+        assert_same_numbers(recomputed, kept)
 
 
 def run_dropout(rank, world_size, checkpoints):
@@ -109,8 +110,8 @@ def test_a_layer_that_only_one_rank_calls(pool):
     for name, first in single[0].items():
         second = single[1][name]
         mean = first / 2 if second is None else (first + second) / 2
-        # A mean of two is the same sum of two roundings, wherever it is taken.
-        assert all(torch.equal(gradients[name], mean) for gradients in on_ranks), name
+        for gradients in on_ranks:
+            assert_same_numbers(gradients[name], mean, name)
 
 
 def gradients_of(model, tokens, targets, run=None):

@@ -25,6 +25,7 @@ from tests.distributed.training import (
     train,
     trainable,
 )
+from tests.equality import assert_same_numbers
 
 BF16_POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 MIXED = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}
@@ -109,7 +110,7 @@ def run_case(rank, world_size, case):
 
 def test_a_recomputed_mask_is_the_same_mask(pool):
     for kept, recomputed in pool.run(run_dropout, processes=2):
-        assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
+        assert_same_numbers(recomputed, kept)
 
 
 def run_dropout(rank, world_size):

@@ -28,6 +28,7 @@ from lora_kernels import (
 from lora_kernels.distributed import LoRAColwiseParallel, LoRARowwiseParallel, shard_dropout
 from lora_kernels.testing import budget_rows
 from tests.distributed.training import TARGETS, assert_within_budget, batch, new_model, together, train
+from tests.equality import assert_same_numbers
 
 STYLES = {"colwise": LoRAColwiseParallel, "rowwise": LoRARowwiseParallel}
 BATCH, LENGTH, K, N, R = 3, 8, 64, 22, 4
@@ -96,7 +97,7 @@ def run_rank(rank, world_size, style, dtype, options, sequence):
 
 
 def run_ranks(pool, processes, style, dtype, options, sequence=False):
-    """What the ranks found, put together; what all of them have is the same bits."""
+    """What the ranks found, put together; what all of them have is the same on all."""
     found = pool.run(run_rank, style, dtype, options, sequence, processes=processes)
     together = {}
     of_x, of_y = PARTS[style, sequence]
@@ -105,7 +106,7 @@ def run_ranks(pool, processes, style, dtype, options, sequence=False):
         pieces = [result[name] for result in found]
         together[name] = first if dim is None else torch.cat(pieces, dim)
         if dim is None:
-            assert all(torch.equal(piece, first) for piece in pieces), name
+            assert_same_numbers(pieces, [first] * len(pieces), name)
     return together
 
 
@@ -194,7 +195,7 @@ CASES = {
 def test_a_transformer_trains_as_on_one_process(pool, case):
     options = CASES[case]
     first, second = pool.run(run_transformer, options, processes=2)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_numbers(second, first)
     model = new_model(dropout=options.get("dropout", 0.0))
     assert_within_budget(first, model, autocast=options.get("autocast", False), seed=11)
 
@@ -215,7 +216,8 @@ def run_transformer(rank, world_size, options):
 def test_two_dimensions(pool, dropout):
     # Two replicas' worth of the batch, each sharded by FSDP over one dimension of the mesh and cut over the other.
     results = pool.run(run_two_dimensions, dropout, processes=4)
-    assert all(torch.equal(results[i]["losses"], results[i + 1]["losses"]) for i in (0, 2))
+    for first in (0, 2):
+        assert_same_numbers(results[first + 1]["losses"], results[first]["losses"])
     assert_within_budget(together([results[0], results[2]]), new_model(dropout=dropout), seed=11)
 
 

@@ -154,25 +154,21 @@ def test_tiny_calls_are_judged_on_many_inputs(dtype):
         assert beyond_budget(recorded(layer, torch.randn(1, 10, generator=generator).to(dtype))) == set()
 
 
-def cancelling():
-    """A layer whose LoRA term is zero, as large terms that cancel: PEFT computes exactly that."""
-    layer = patched(nn.Linear(10, 10))
-    lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    with torch.no_grad():
-        lora_A[4:] = lora_A[:4]
-        lora_B.normal_(std=30)
-        lora_B[:, 4:] = -lora_B[:, :4]
-    return layer
+def test_where_eager_is_exact_by_luck_the_bound_of_rounding_counts(monkeypatch):
+    call = recorded(patched(nn.Linear(96, 80)), x_of(40, 96))
+    assert not compare.judge(call).by_bound
+    stock = compare.Problem.stock
 
+    def exact(problem, double=False, **options):  # when a library's order rounds nothing is the processor's affair
+        found = stock(problem, double=True, **options)
+        return found if double else {name: t.float() for name, t in found.items()}
 
-def test_where_eager_is_exact_by_luck_the_bound_of_rounding_counts():
-    call = recorded(cancelling(), x_of(2, 10))
+    monkeypatch.setattr(compare.Problem, "stock", exact)
     verdict = compare.judge(call)
     assert verdict.by_bound
     assert verdict.beyond == []
     wrong = replace(call, y=call.y + 1e-2)
     assert {row.name for row in compare.judge(wrong).beyond} == {"y"}
-    assert not compare.judge(recorded(patched(nn.Linear(96, 80)), x_of(40, 96))).by_bound
 
 
 def test_the_bound_is_for_fp32_tensors_only():

@@ -173,6 +173,7 @@ def test_unwritten_memory_fails(monkeypatch, capsys):
 
 
 def test_bits_that_change_from_run_to_run_fail(monkeypatch, capsys):
+    monkeypatch.setattr(check, "_runs", lambda backend: 2)  # as of a kernel
     calls = iter(range(10**6))
     broken(monkeypatch, "forward", lambda y, xa: (y * (1 + next(calls) % 2 * torch.finfo(y.dtype).eps), xa))
     status, errors = check_quickly(capsys)
