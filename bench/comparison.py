@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import providers
 from lora_kernels.benchmarking.cases import LinearCase
-from lora_kernels.benchmarking.providers import FROZEN
+from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record
 from lora_kernels.benchmarking.report import by_case
 from lora_kernels.benchmarking.roofline import Ceilings
@@ -55,6 +56,29 @@ def losses(records: Iterable[Record]) -> list[Loss]:
             ahead = ((r.provider, times_faster(mine, r)) for r in rivals(by_provider))
             found += [Loss(case, name, ratio) for name, ratio in ahead if ratio > 1]
     return sorted(found, key=lambda loss: -loss.ratio)
+
+
+def shortened(records: Iterable[Record]) -> list[str]:
+    """A line for each dtype with cases that were given fewer rows than the suite's: how many, and how far ahead we are.
+
+    Such cases are in the table and under no target, which are for the suite's rows.
+    """
+    by_dtype: dict[str, list[tuple[Record, Found]]] = {}
+    for case, found in by_case(records).items():
+        first = next(iter(found.values()))
+        if first.shortened:
+            by_dtype.setdefault(case.dtypes, []).append((first, found))
+    lines = []
+    for dtypes, cases in by_dtype.items():
+        rows = sorted({first.M for first, _ in cases})
+        ahead = [times_faster(found[UNFUSED], own) for _, found in cases
+                 if (own := ours(found)) is not None and UNFUSED in found and found[UNFUSED].timed]  # fmt: skip
+        times = f"; median over the unfused chain: {statistics.median(ahead):.3g}x" if ahead else ""
+        lines.append(
+            f"FEWER ROWS: {len(cases)} cases in {dtypes} at M = {', '.join(map(str, rows))}, because the library's "
+            f"product is slow here{times}"
+        )
+    return lines
 
 
 def describe(case: LinearCase) -> str:

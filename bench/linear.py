@@ -29,7 +29,7 @@ from lora_kernels.benchmarking.providers import Provider
 from lora_kernels.benchmarking.records import Environment, Record, device_slug, write_csv, write_json
 from lora_kernels.benchmarking.report import by_case
 from lora_kernels.benchmarking.roofline import Ceilings, measure_ceilings
-from lora_kernels.benchmarking.runner import run_case
+from lora_kernels.benchmarking.runner import LIMIT_S, run_case
 from lora_kernels.benchmarking.timer import Samples, warm_up
 
 RESULTS = Path(__file__).parent / "results" / "local"
@@ -95,7 +95,7 @@ def run(
             break
         found = run_case(
             case, contenders(case, device), device=device, environment=environment, budget_s=budget_s,
-            ceilings=ceilings, keep=samples.__setitem__,
+            ceilings=ceilings, keep=samples.__setitem__, limit_s=LIMIT_S if device.type == "cpu" else None,
         )  # fmt: skip
         records += found
         write_csv(records, out / "linear.csv")
@@ -105,8 +105,9 @@ def run(
         if case.mode != mode:
             mode = case.mode
             print(f"{mode}{', CUDA graphs' if case.graph else ''}")
+        left = f"  {clock(total_s - (time.perf_counter() - start))} left" if total_s < math.inf else ""
         for shown, by_provider in by_case(found).items():
-            print(table.row(shown, by_provider), flush=True)
+            print(table.row(shown, by_provider) + left, flush=True)
     if warning := load.warning():
         print(f"\n{warning}")
     finished = Run(records, ceilings, left_out)
@@ -118,6 +119,12 @@ def run(
 
         plots.linear(records, ceilings, out)
     return finished
+
+
+def clock(seconds: float) -> str:
+    """`2:05`; never less than nothing."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def _able(provider: Provider, case: LinearCase, device: torch.device) -> bool:
@@ -148,6 +155,7 @@ def summary(found: Run) -> list[str]:
         everything = len(found.left_out) + len(by_case(records))
         first = comparison.describe(found.left_out[0])
         lines.append(f"LEFT OUT: {len(found.left_out)} of {everything} cases, for want of time; the first is {first}")
+    lines += comparison.shortened(records)
     lost = comparison.losses(records)
     lines += [
         f"slower than {loss.rival} by {loss.ratio - 1:.1%}: {comparison.describe(loss.case)}"

@@ -347,6 +347,7 @@ def _left_out(records: Sequence[Record], run: Mapping[str, Any]) -> str:
     never = [name for name in providers.NAMES if name not in timed and name not in reasons]
     if never:
         lines.append(f"- in no row: {', '.join(f'`{name}`' for name in never)}")
+    lines += [f"- {line}" for line in comparison.shortened(records)]
     if left := run.get("left_out"):
         lines.append(f"- for want of time, {len(left)} of {run['cases'] + len(left)} cases, the first {left[0]}")
     return "## Not here\n\n" + "\n".join(lines) + "\n" if lines else ""

@@ -41,28 +41,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     def left() -> float:
         return arguments.seconds - (time.perf_counter() - start)
 
-    _heading("1/4  Is it right? Every backend against fp64")
+    def heading(title: str) -> None:
+        print(f"\n{title}  ({linear.clock(left())} left)\n{'=' * len(title)}", flush=True)
+
+    heading("1/4  Is it right? Every backend against fp64")
     if lora_kernels(check_of(device)):
         print("\ncheck failed, so nothing is timed")
         return 1
 
-    _heading("2/4  One linear: frozen, unfused, the peers, and ours")
+    heading("2/4  One linear: frozen, unfused, the peers, and ours")
     cases = linear.chosen_cases(suites.default_suite(device), "", device)
     if device.type == "cpu":
         print(f"No GPU: the suite for CPUs, peers in some of its cases. Left out: {_gpu_only()}.")
     found = linear.run(cases, device, out, total_s=LINEAR * left())
 
-    _heading("3/4  Host time of a call")
+    heading("3/4  Host time of a call")
     host_rows = host.measure(device)
     write_csv(host_rows, out / "host.csv")
     print("\n".join(host.lines(host_rows)))
 
-    _heading("4/4  Fine-tuning a pretrained encoder")
+    heading("4/4  Fine-tuning a pretrained encoder")
     seconds = max(left() - AROUND_STEPS_S, MIN_STEPS_S)
     config, _ = finetune.configure(["--device", str(device), "--seconds", f"{seconds:.0f}"])
     outcome = finetune.run(config, out)
 
-    _heading("Summary")
+    heading("Summary")
     print("\n".join([*linear.summary(found), "", *finetune.report(outcome)]))
     print(f"\n{time.perf_counter() - start:.0f} s; tables and plots in {out}:")
     print("\n".join(f"  {path.name}" for path in sorted(out.iterdir())))
@@ -77,10 +80,6 @@ def check_of(device: torch.device) -> list[str]:
 def _gpu_only() -> str:
     """The suites that need a GPU, with their sizes."""
     return ", ".join(f"{name} ({len(suites.suite(name))} cases)" for name in suites.NAMES if name != suites.CPU)
-
-
-def _heading(title: str) -> None:
-    print(f"\n{title}\n{'=' * len(title)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ class Evidence:
 
     @staticmethod
     def of(records: Sequence[Record], host_rows: Sequence[host.HostRow] = ()) -> Evidence:
-        """All rows of one device."""
+        """All rows of one device, but for those of cases with fewer rows than the targets are for."""
         kind: Kind = "gpu" if records and records[0].driver else "cpu"
-        return Evidence(by_case(records), host_rows, kind)
+        return Evidence(by_case(record for record in records if not record.shortened), host_rows, kind)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ class Record:
     ratios paired inside a round, with their 10th and 90th percentile. Times are None where the gate refused the
     contender, where it raised, or where it cannot run (`status` says why). `floor_ms` is the least time that the
     measured ceilings of this device allow (`roofline.floor_ms`), `roofline` is floor_ms / median_ms; `peak_bytes` is
-    what one call allocated at most, `saved_bytes` what forward kept for backward beyond x and the parameters.
+    what one call allocated at most, `saved_bytes` what forward kept for backward beyond x and the parameters. `M_asked`
+    is the suite's M, more than `M` where a contender is so slow that the case was given fewer rows (0: not recorded).
     """
 
     name: str
@@ -90,6 +91,7 @@ class Record:
     graph: bool
     provider: str
     status: str
+    M_asked: int
     rounds: int
     median_ms: float | None
     p10_ms: float | None
@@ -116,6 +118,11 @@ class Record:
     python: str
     commit: str
     date: str
+
+    @property
+    def shortened(self) -> bool:
+        """Whether the case has fewer rows than the suite's."""
+        return 0 < self.M < self.M_asked
 
     @property
     def timed(self) -> bool:
@@ -167,7 +174,7 @@ def write_json(records: Sequence[Record], path: Path) -> None:
 
 
 def device_slug(device: torch.device) -> str:
-    """The device's name as a folder: `nvidia-h200`, `intel-xeon-processor-2-threads`."""
+    """The device's name as a folder: `nvidia-h200`, `amd-epyc-7r13-processor-avx2-2-threads`."""
     return slug(device_traits(device.type, device.index).name)
 
 

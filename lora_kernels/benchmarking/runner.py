@@ -12,7 +12,7 @@ import torch
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.gate import Gate, Verdict
 from lora_kernels.benchmarking.memory import peak_bytes, saved_bytes
-from lora_kernels.benchmarking.providers import FROZEN, UNFUSED, CaseInputs, Provider
+from lora_kernels.benchmarking.providers import FROZEN, FROZEN_LINEAR, UNFUSED, CaseInputs, Provider
 from lora_kernels.benchmarking.records import Environment, Record
 from lora_kernels.benchmarking.roofline import Ceilings, floor_ms
 from lora_kernels.benchmarking.timer import Samples, interleave
@@ -24,11 +24,12 @@ def run_suite(
     *,
     device: torch.device,
     budget_s: float,
+    limit_s: float | None = None,
 ) -> Iterator[list[Record]]:
-    """The records of each case as soon as they exist, one per contender."""
+    """The records of each case as soon as they exist, one per contender; `run_case` has limit_s."""
     environment = Environment.current(device)
     for case in cases:
-        yield run_case(case, providers, device=device, environment=environment, budget_s=budget_s)
+        yield run_case(case, providers, device=device, environment=environment, budget_s=budget_s, limit_s=limit_s)
 
 
 def run_case(
@@ -41,6 +42,7 @@ def run_case(
     rounds: int | None = None,
     ceilings: Ceilings | None = None,
     keep: Callable[[LinearCase, Samples], None] | None = None,
+    limit_s: float | None = None,
 ) -> list[Record]:
     """Check every contender against fp64, then time those that passed, interleaved.
 
@@ -56,7 +58,12 @@ def run_case(
         rounds: exact number of timing rounds instead.
         ceilings: of this device, for the roofline columns; None leaves them empty.
         keep: is handed the samples of every round.
+        limit_s: seconds for checking and timing together: where they would not do, the case gets fewer rows, for all
+            contenders alike (`shortened`). None: as many rows as asked for.
     """
+    asked = case.M
+    if limit_s is not None:
+        case = shortened(case, len(providers), device=device, limit_s=limit_s)
     found = {provider.name: _Found(f"unavailable: {provider.why_not(case, device)}") for provider in providers}
     able = [provider for provider in providers if provider.why_not(case, device) is None]
     samples = Samples({})
@@ -87,7 +94,37 @@ def run_case(
         provider.name: floor_ms(case, ceilings, has_lora=provider.has_lora) if ceilings else None
         for provider in providers
     }
-    return [_record(case, name, of_one, samples, floors[name], environment) for name, of_one in found.items()]
+    return [_record(case, asked, name, of_one, samples, floors[name], environment) for name, of_one in found.items()]
+
+
+LIMIT_S = 10.0  # of a CPU suite's case altogether, beyond which it gets fewer rows; the slowest of a Xeon's takes six
+PROBES = (32, 256)  # rows; few, then enough that the rest of a call does not count, where few say that it is slow
+LEAST_ROWS = 32  # below, a layer is planned for decoding
+CALLS = 8  # of each contender, at least: eager's error, its own, bytes kept, bytes at most, warm-up, three rounds
+
+
+def shortened(case: LinearCase, contenders: int, *, device: torch.device, limit_s: float) -> LinearCase:
+    """The case, with half its rows, or a quarter ..., where so many calls of the library's product would take longer.
+
+    Where a CPU's library multiplies 16-bit numbers one by one, the frozen linear takes a hundred times as long as in
+    fp32 (an EPYC without AVX-512: 46 to 173 times ours), and every contender but ours is built on it.
+    """
+    rows = case.M
+    for probe in PROBES:
+        if probe >= rows:
+            return case
+        call_s = _frozen_call_s(dataclasses.replace(case, M=probe), device) * case.M / probe
+        if call_s * contenders * CALLS <= limit_s:
+            return case
+    while rows > LEAST_ROWS and call_s * rows / case.M * contenders * CALLS > limit_s:
+        rows = max(rows // 2, LEAST_ROWS)
+    return dataclasses.replace(case, M=rows)
+
+
+def _frozen_call_s(case: LinearCase, device: torch.device) -> float:
+    """The faster of two calls of the frozen linear, since the first may make a library's primitive."""
+    call = timed_call(FROZEN_LINEAR, case, CaseInputs.of(case, device))
+    return min(interleave({FROZEN: call}, device=device, rounds=2, warmup=0).ms[FROZEN]) / 1e3
 
 
 @dataclass(frozen=True)
@@ -180,7 +217,13 @@ def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], 
 
 
 def _record(
-    case: LinearCase, name: str, found: _Found, samples: Samples, floor: float | None, environment: Environment
+    case: LinearCase,
+    asked: int,
+    name: str,
+    found: _Found,
+    samples: Samples,
+    floor: float | None,
+    environment: Environment,
 ) -> Record:
     verdict = found.verdict
     timed = name in samples.ms
@@ -191,6 +234,7 @@ def _record(
         **dataclasses.asdict(case),
         provider=name,
         status=found.status,
+        M_asked=asked,
         rounds=samples.rounds if timed else 0,
         median_ms=spread.median if spread else None,
         p10_ms=spread.p10 if spread else None,

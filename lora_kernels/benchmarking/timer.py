@@ -21,6 +21,7 @@ L2_FLUSH_BYTES = 512 * 2**20
 # be Python.
 LEAD_CYCLES = 2_000_000
 MIN_ROUNDS, MAX_ROUNDS = 6, 60  # where a time budget decides
+SLOW_ROUNDS = 3  # where one round takes more than the budget: a call of seconds is steadier than one of milliseconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,12 @@ def round_order(names: Sequence[str], index: int) -> list[str]:
 
 
 def planned_rounds(round_s: float, contenders: int, *, budget_s: float, minimum: int, maximum: int) -> int:
-    """How many rounds fit in the budget, as a whole number of rotations, so that each starts equally often."""
+    """How many rounds fit in the budget, as a whole number of rotations, so that each starts equally often.
+
+    Three, rotations or not, where not even one round fits: a slow contender is not to eat the budgets of other cases.
+    """
+    if round_s > budget_s:
+        return min(SLOW_ROUNDS, minimum)
     fitting = budget_s / round_s if round_s > 0 else maximum
     rounds = min(max(fitting, minimum), maximum)
     return math.ceil(rounds / contenders) * contenders

@@ -128,7 +128,7 @@ def lora_linear(
         elements are exactly zero, also where x is Inf or NaN; elsewhere Inf and NaN propagate as in F.linear.
 
     Determinism:
-        Masks are everywhere the same function of seed, row and column. The kernels give the same bits for the same call:
+        Masks are the same function of seed, row and column everywhere. Kernels give the same bits for the same call:
         reductions run in fixed order, without floating-point atomics. Where a library multiplies, its bits are the
         library's to promise: on a CPU they may change with the operands' addresses, threads and instructions
         (docs/design/numerics.md has what PyTorch and MKL offer).

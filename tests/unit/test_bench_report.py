@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import comparison, finetune, host, llama_step, providers, report, suites, targets
+from bench import comparison, finetune, host, linear, llama_step, providers, report, suites, targets
 from bench.benchmark_json import write_benchmark_json
 from bench.peft_layers import PATCHED, STOCK
 from lora_kernels.benchmarking.cases import LinearCase
@@ -24,6 +24,7 @@ from lora_kernels.benchmarking.timer import Samples
 
 CPU = torch.device("cpu")
 SMALL = LinearCase("small", "none", 48, 40, 24, R=4)
+CEILINGS = Ceilings(copy_gb_s=10.0, gemm_tflops={"float32": 0.1, "bfloat16": 0.1})
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def template() -> Record:
 
 
 def row(template: Record, case: LinearCase, provider: str, ms: float, frozen_ms: float = 1.0, **changed) -> Record:
-    fields = dataclasses.asdict(case) | {"provider": provider, "median_ms": ms, "cost": ms / frozen_ms} | changed
+    fields = dataclasses.asdict(case) | {"M_asked": case.M, "provider": provider}
+    fields |= {"median_ms": ms, "cost": ms / frozen_ms} | changed
     return dataclasses.replace(template, **fields)
 
 
@@ -253,3 +255,17 @@ def test_floors_by_hand() -> None:
     assert floor_ms(dataclasses.replace(square, dtype="float16"), ceilings) is None
     both = dataclasses.replace(square, mode="forward+backward")
     assert (floor_ms(both, ceilings) or 0) > 2 * (floor_ms(square, ceilings) or 0)
+
+
+def test_cases_with_fewer_rows_than_the_suites_are_told_and_judge_no_target(template: Record) -> None:
+    cpu = [case for case in suites.suite("cpu") if case.dtype == "bfloat16" and case.backward and not case.dropout_p]
+    times = {FROZEN: 90.0, UNFUSED: 100.0, "torch": 1.0}
+    whole = rows(template, cpu, times, driver="")
+    fewer = [dataclasses.replace(record, M=64, M_asked=record.M) for record in whole]
+    judged = {verdict for *_, verdict in targets.table(targets.Evidence.of(whole))}
+    assert judged & {"met", "MISSED"}
+    assert {verdict for *_, verdict in targets.table(targets.Evidence.of(fewer))} == {"not measured"}
+    assert comparison.shortened(whole) == []
+    lines = comparison.shortened(fewer)
+    assert any("cases in bf16 at M = 64" in line and "median over the unfused chain: 100x" in line for line in lines)
+    assert lines[0] in "\n".join(linear.summary(linear.Run(fewer, CEILINGS, ())))

@@ -19,6 +19,10 @@ CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_gb_s=10.0, gemm_tflops={"float32": 0.1, "bfloat16": 0.1})
 
 
+def test_the_clock_never_runs_below_nothing() -> None:
+    assert [linear.clock(s) for s in (125.4, 59.6, 0.2, -3.0)] == ["2:05", "1:00", "0:00", "0:00"]
+
+
 # out_features, in_features and biases, counted by hand from each model's modules.
 @pytest.mark.parametrize(
     ("model", "shapes", "biases"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.benchmarking import cases as suites, records as rows_of
+from lora_kernels.benchmarking import cases as suites, records as rows_of, runner
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.gate import Gate
 from lora_kernels.benchmarking.load import ForeignLoad, contention
@@ -28,10 +28,11 @@ from lora_kernels.benchmarking.providers import (
     CaseInputs,
     Provider,
 )
-from lora_kernels.benchmarking.records import Environment, Record, write_csv, write_json
+from lora_kernels.benchmarking.records import Environment, Record, device_slug, write_csv, write_json
 from lora_kernels.benchmarking.report import Table, by_case, case_of, summarise
-from lora_kernels.benchmarking.runner import run_case
+from lora_kernels.benchmarking.runner import CALLS, run_case, shortened
 from lora_kernels.benchmarking.timer import Samples, Summary, interleave, planned_rounds, round_order
+from lora_kernels.planning.device import cpu_name
 
 CPU = torch.device("cpu")
 SMALL = LinearCase("small", "none", 48, 40, 24, R=4)
@@ -68,9 +69,48 @@ def test_times_go_to_their_own_contender() -> None:
     assert samples.time("fast").median < samples.time("slow").median
 
 
-@pytest.mark.parametrize(("round_s", "wanted"), [(10.0, 6), (0.1, 12), (1e-6, 60), (0.0, 60)])
+@pytest.mark.parametrize(("round_s", "wanted"), [(10.0, 3), (0.5, 6), (0.1, 12), (1e-6, 60), (0.0, 60)])
 def test_planned_rounds_fill_the_budget_with_whole_rotations(round_s: float, wanted: int) -> None:
     assert planned_rounds(round_s, 3, budget_s=1.1, minimum=6, maximum=60) == wanted
+
+
+@pytest.mark.parametrize(
+    ("row_s", "rows"),
+    [(1e-6, 1024), (8e-4, 256), (5e-3, 32), (1.0, 32)],
+    ids=["a library that multiplies", "slow", "slower", "as slow as it may be"],
+)
+def test_a_case_gets_the_rows_that_the_slowest_product_leaves_time_for(monkeypatch, row_s: float, rows: int) -> None:
+    probed: list[int] = []
+
+    def call_s(case: LinearCase, device: torch.device) -> float:
+        probed.append(case.M)
+        return row_s * case.M
+
+    monkeypatch.setattr(runner, "_frozen_call_s", call_s)
+    case = dataclasses.replace(SMALL, M=1024)
+    found = shortened(case, 5, device=CPU, limit_s=10.0)
+    assert found == dataclasses.replace(case, M=rows)
+    assert probed == ([32] if rows == 1024 else [32, 256])  # the second, before rows are taken away
+    assert rows == 32 or row_s * rows * 5 * CALLS <= 10.0
+    few = dataclasses.replace(SMALL, M=16)
+    assert shortened(few, 5, device=CPU, limit_s=0.0) == few
+
+
+def test_what_costs_on_the_first_calls_alone_takes_no_rows_away(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "_frozen_call_s", lambda case, device: 0.1 + 1e-6 * case.M)
+    case = dataclasses.replace(SMALL, M=1024)
+    assert shortened(case, 5, device=CPU, limit_s=20.0) == case
+
+
+def test_all_contenders_of_a_case_with_fewer_rows_have_the_same_and_say_how_many_were_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "_frozen_call_s", lambda case, device: 1.0 * case.M)
+    case = dataclasses.replace(SMALL, M=512)
+    providers = (FROZEN_LINEAR, UNFUSED_CHAIN, TORCH)
+    limited = run_case(case, providers, device=CPU, environment=ENVIRONMENT, rounds=2, limit_s=1.0)
+    assert [(r.M, r.M_asked, r.shortened, r.timed) for r in limited] == [(32, 512, True, True)] * 3
+    whole = run_case(case, providers, device=CPU, environment=ENVIRONMENT, rounds=2)
+    assert [(r.M, r.M_asked, r.shortened) for r in whole] == [(512, 512, False)] * 3
+    assert not any(dataclasses.replace(r, M_asked=0).shortened for r in whole)  # rows from before the column
 
 
 def test_no_contender_is_an_error() -> None:
@@ -314,3 +354,22 @@ def test_a_command_that_hangs_says_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(rows_of.subprocess, "run", hang)
     assert rows_of._output(["git", "--version"]) == ""
+
+
+def test_a_cpus_name_tells_its_instructions_and_folders_of_two_kinds_differ(monkeypatch) -> None:
+    names = {}
+    for kind, capabilities in {
+        "old": {"sse4_2": True},
+        "avx2": {"avx2": True},
+        "avx-512": {"avx2": True, "avx512_f": True},
+        "amx": {"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": True},
+    }.items():
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known)
+        cpu_name.cache_clear()
+        names[kind] = device_slug(CPU)
+        assert Environment.current(CPU).device == cpu_name()
+    cpu_name.cache_clear()
+    assert len(set(names.values())) == 4
+    endings = ["", "-avx2", "-avx-512", "-avx-512-bf16-amx"]
+    threads = f"-{torch.get_num_threads()}-threads"
+    assert list(names.values()) == [names["old"].removesuffix(threads) + ending + threads for ending in endings]
