@@ -1,8 +1,14 @@
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import triton
 import triton.language as tl
 
-from tests.compile.support import SHARED_LIMIT, TARGETS, Figures, compile_only
+from tests.compile.figures import Book, key_of
+from tests.compile.support import SHARED_LIMIT, TARGETS, Figures, compile_only, kept_figures
 
 POINTERS = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*bf16"}
 SIZES = dict.fromkeys(("M", "N", "K"), "i32")
@@ -107,3 +113,117 @@ def test_an_argument_left_out_is_named() -> None:
             num_warps=4,
             num_stages=1,
         )
+
+
+# -- kept figures ------------------------------------------------------------------------------------------------------
+
+SOURCE = """
+import triton
+import triton.language as tl
+
+{constant}
+@triton.jit
+def doubled(x):
+    return x * {factor}
+
+{before}
+@triton.jit
+def scale_kernel(x_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, doubled(tl.load(x_ptr + offs)) + ADDED)
+"""
+
+
+def kernel_of(folder: Path, *, factor: int = 2, before: str = "", constant: str = "ADDED = tl.constexpr(1)") -> Any:
+    path = folder / f"kernels_{len(list(folder.iterdir()))}.py"
+    path.write_text(SOURCE.format(factor=factor, before=before, constant=constant))
+    spec = importlib.util.spec_from_file_location("tests_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.scale_kernel
+
+
+CIRCUMSTANCES = {
+    "signature": {"x_ptr": "*fp32"}, "constexprs": {"BLOCK": 64}, "target": "sm_90", "num_warps": 4, "num_stages": 3,
+}  # fmt: skip
+
+
+def test_a_kernel_that_moves_in_its_file_is_the_same(tmp_path: Path) -> None:
+    key = key_of(kernel_of(tmp_path), CIRCUMSTANCES)
+    assert key_of(kernel_of(tmp_path, before="# moved\n\n\n"), CIRCUMSTANCES) == key
+    assert key_of(kernel_of(tmp_path), dict(reversed(CIRCUMSTANCES.items()))) == key
+    assert key_of(kernel_of(tmp_path), {"x", "y"}) == key_of(kernel_of(tmp_path), {"y", "x"})
+
+
+def test_whatever_changes_the_machine_code_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {
+        key_of(kernel_of(tmp_path), CIRCUMSTANCES),
+        key_of(kernel_of(tmp_path, factor=3), CIRCUMSTANCES),  # of a function that it calls
+        key_of(kernel_of(tmp_path, constant="ADDED = tl.constexpr(2)"), CIRCUMSTANCES),  # of a global that it reads
+        key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"signature": {"x_ptr": "*bf16"}}),
+        key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"constexprs": {"BLOCK": 128}}),
+        key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"constexprs": {"BLOCK": 64.0}}),
+        key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"target": "sm_80"}),
+        key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"num_warps": 8}),
+    }
+    monkeypatch.setattr(triton, "__version__", "0.0")
+    keys.add(key_of(kernel_of(tmp_path), CIRCUMSTANCES))
+    assert len(keys) == 9
+
+
+def kept(kernel: Any, book: Book) -> Figures:
+    c = CIRCUMSTANCES
+    return kept_figures(
+        kernel, c["signature"], c["constexprs"], c["target"], c["num_warps"], c["num_stages"], ["x_ptr"], book=book
+    )
+
+
+def test_what_is_known_is_not_compiled_and_what_is_not_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, kernel = tmp_path / "figures.json", kernel_of(tmp_path)
+    first = Book.of(file)
+    compiled = kept(kernel, first)
+    assert first.missing == ["scale_kernel sm_90"]
+    first.write(file)
+    second = Book.of(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "compile", lambda *_, **__: pytest.fail("compiled"))
+        known = kept(kernel, second)
+    assert known.numbers == compiled.numbers
+    assert (second.missing, second.stale, second.compiled) == ([], [], {})
+    assert known.opcodes == compiled.opcodes  # machine code is not kept: compiled when it is read
+    third = Book.of(file)
+    kept(kernel_of(tmp_path, factor=5), third)
+    assert (third.missing, third.stale) == (["scale_kernel sm_90"], ["scale_kernel sm_90"])
+
+
+def test_a_figure_that_is_not_the_assemblers_is_noticed_when_all_are_compiled(tmp_path: Path) -> None:
+    file, kernel = tmp_path / "figures.json", kernel_of(tmp_path)
+    book = Book.of(file)
+    registers, *_ = kept(kernel, book).numbers
+    book.write(file)
+    file.write_text(file.read_text().replace(f'sm_90", {registers},', f'sm_90", {registers + 1},'))
+    believed = Book.of(file)
+    assert kept(kernel, believed).registers == registers + 1
+    with pytest.raises(AssertionError, match=r"scale_kernel sm_90: compiled .* `make figures`"):
+        kept(kernel, Book(Book.of(file).known, all=True))
+    with pytest.raises(AssertionError, match="scale_kernel sm_90"):  # and whenever its machine code is read
+        _ = kept(kernel, believed).sass
+
+
+def test_a_kept_spill_is_a_fault(tmp_path: Path) -> None:
+    file, kernel = tmp_path / "figures.json", kernel_of(tmp_path)
+    book = Book.of(file)
+    registers, *_ = kept(kernel, book).numbers
+    assert kept(kernel, book).faults() == []
+    book.write(file)
+    file.write_text(file.read_text().replace(f'sm_90", {registers}, 0,', f'sm_90", {registers}, 16,'))
+    assert kept(kernel, Book.of(file)).faults() == ["spills: 16 B a thread, 0 registers"]
+
+
+def test_workers_findings_are_joined(tmp_path: Path) -> None:
+    book, worker = Book({"a": ("a kernel", [1]), "b": ("another", [2])}), Book({})
+    worker.asked, worker.compiled = {"a", "c"}, {"c": ("a third", [3])}
+    book.join(*json.loads(json.dumps([sorted(worker.asked), worker.compiled])))
+    assert (book.stale, book.missing) == (["another"], ["a third"])
+    book.write(tmp_path / "figures.json")
+    assert Book.of(tmp_path / "figures.json").known == {"a": ("a kernel", [1]), "c": ("a third", [3])}
