@@ -19,6 +19,7 @@ from tests.equality import whole, whole_numbers
 from tests.linear_cases import Allocations, assert_same_bits, assert_within_budget
 
 M, N, K, R = 20, 24, 32, 4
+BLOCK = 1 << 15  # elements, where a test is of blocks: theirs have 2^20, and tokens to fill them took 17 s
 FP64 = (torch.float64,) * 3
 BACKENDS = ("torch", "reference", "auto")
 
@@ -92,10 +93,11 @@ def test_a_branch_keeps_no_more_than_lora_linear_does():
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("strategy", ["library", "upcast"])
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
-def test_nothing_else_of_token_size_is_made(dtypes, strategy, p):
+def test_nothing_else_of_token_size_is_made(monkeypatch, dtypes, strategy, p):
+    monkeypatch.setitem(_low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
     # M so large that one fp32 block is half of the smallest tensor of tokens.
     n, k = 80, 72
-    m = 4 * _low_rank_torch.BLOCK_ELEMENTS["cpu"] // k + 77
+    m = 4 * BLOCK // k + 77
     i = inputs_of((m, n, k), dtypes, dropout_p=p)
     plan, rest = BranchPlan("torch", strategy, "", Way("torch", strategy)), (torch.tensor([1]) if p else None, 2.0, p)
     with Allocations() as forward:

@@ -42,17 +42,17 @@ def op_inputs(dtypes="fp32", *, p=0.0, m=M):
     return forward, (i.dy, i.x, i.lora_A, i.lora_B, xa, seed, 2.0, p, i.x.dtype)
 
 
+# Of each family of dtypes; shapes, layouts and every set of gradients are the fakes' below.
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16-mixed", "bf16-over-fp32"])
 def test_opcheck_forward(dtypes, p):
     torch.library.opcheck(branch_forward, op_inputs(dtypes, p=p)[0])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: "".join("01"[n] for n in needs))
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16-mixed", "bf16-over-fp32", "fp32-over-bf16"])
-def test_opcheck_backward(dtypes, needs, p):
-    torch.library.opcheck(branch_backward, (*op_inputs(dtypes, p=p)[1], needs, "torch"))
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16-mixed", "bf16-over-fp32"])
+def test_opcheck_backward(dtypes, p):
+    torch.library.opcheck(branch_backward, (*op_inputs(dtypes, p=p)[1], NEEDS[0], "torch"))
 
 
 def described(outputs):

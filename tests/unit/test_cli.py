@@ -62,14 +62,23 @@ def test_info_text_says_the_same(capsys):
     assert text.count("training") == 3 * len(info.collect()["devices"])
 
 
-@pytest.mark.parametrize("argv", [["info"], ["check", "--quick", "--device", "cpu"]], ids=" ".join)
-def test_an_environment_that_names_no_backend_is_one_line_and_status_2(argv):
+NO_BACKEND = (
+    "LORA_KERNELS_BACKEND must be one of auto, torch, triton, reference; got 'foo'. Unset it, or name one of them."
+)
+
+
+def test_an_environment_that_names_no_backend_is_one_line_and_status_2():
     environment = {**os.environ, "LORA_KERNELS_BACKEND": "foo"}
-    command = [sys.executable, "-m", "lora_kernels", *argv]
+    command = [sys.executable, "-m", "lora_kernels", "info"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    said = f"lora-kernels {argv[0]}: LORA_KERNELS_BACKEND must be one of auto, torch, triton, reference; got 'foo'."
-    assert done.stderr.splitlines() == [f"{said} Unset it, or name one of them."]
+    assert done.stderr.splitlines() == [f"lora-kernels info: {NO_BACKEND}"]
+
+
+def test_check_says_the_same(monkeypatch, capsys):
+    monkeypatch.setattr(config, "AUTO_BACKEND", "foo")
+    assert main(["check", "--quick", "--device", "cpu"]) == 2
+    assert capsys.readouterr() == ("", f"lora-kernels check: {NO_BACKEND}\n")
 
 
 def test_info_says_once_why_the_backend_asked_for_cannot_serve(monkeypatch, capsys):

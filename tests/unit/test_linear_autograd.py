@@ -18,6 +18,7 @@ from tests.equality import whole, whole_numbers
 from tests.linear_cases import DTYPES, PARAMETERS, SUBSETS, Allocations, assert_same_bits, assert_within_budget
 
 M, N, K, R = 20, 24, 32, 4
+BLOCK = 1 << 15  # elements, where a test is of blocks: theirs have 2^20, and tokens to fill them took 17 s
 
 
 def leaves_of(inputs, requires_grad=PARAMETERS) -> dict[str, Tensor]:
@@ -86,11 +87,12 @@ def test_frozen_weight_costs_the_documented_bytes_and_no_more():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strategy", ["library", "upcast"])
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
-def test_nothing_else_of_token_size_is_made(dtype, strategy, p):
+def test_nothing_else_of_token_size_is_made(monkeypatch, dtype, strategy, p):
+    monkeypatch.setitem(_low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
     x, adapters = DTYPES[dtype]
     # M so large that one fp32 block is half of the smallest tensor of tokens.
     n, k, r = 80, 72, 8
-    m = 4 * _low_rank_torch.BLOCK_ELEMENTS["cpu"] // k + 77
+    m = 4 * BLOCK // k + 77
     i = make_linear_inputs(m, n, k, r, dtype=x, adapter_dtype=adapters, dropout_p=p)
     plan, rest = Plan("torch", strategy, "a test asks for it"), (torch.tensor([1]) if p else None, 2.0, p)
     of_token_size = m * k * 2

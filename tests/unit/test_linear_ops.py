@@ -41,15 +41,14 @@ def op_inputs(dtype="fp32", *, p=0.0, bias=True, m=M):
     return forward, (i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, 2.0, p)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+# With everything, and with nothing that may be left out; shapes, layouts and every set of gradients are the fakes' below.
+@pytest.mark.parametrize(("bias", "p"), [(True, 0.5), (False, 0.0)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])
 def test_opcheck_forward(dtype, bias, p):
     torch.library.opcheck(linear_forward, op_inputs(dtype, p=p, bias=bias)[0])
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: "".join("01"[n] for n in needs))
+@pytest.mark.parametrize(("needs", "p"), [(NEEDS[0], 0.5), (NEEDS[-1], 0.0)], ids=["all", "adapters"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])
 def test_opcheck_backward(dtype, needs, p):
     torch.library.opcheck(linear_backward, (*op_inputs(dtype, p=p)[1], needs, "torch"))
