@@ -41,7 +41,7 @@ def op_inputs(dtype="fp32", *, p=0.0, bias=True, m=M):
     return forward, (i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, 2.0, p)
 
 
-# With everything, and with nothing that may be left out; shapes, layouts and every set of gradients are the fakes' below.
+# With everything, and without all that may be left out; shapes, layouts and sets of gradients are the fakes' below.
 @pytest.mark.parametrize(("bias", "p"), [(True, 0.5), (False, 0.0)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])
 def test_opcheck_forward(dtype, bias, p):
