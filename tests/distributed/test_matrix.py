@@ -58,12 +58,12 @@ STACKS = [Stack(*values) for values in itertools.product(*SETTINGS)]
 # Two stacks for each way, one with what the other is without. So each way meets each setting; and any two settings
 # agree in the two stacks of one way and differ in those of another, hence meet in all four combinations.
 PAIRS = [
-    (Stack(compiled=True, checkpointed=True, dropout=0.0, autocast=False), "one process"),
-    (Stack(compiled=False, checkpointed=False, dropout=0.1, autocast=True), "one process"),
+    (Stack(compiled=True, checkpointed=True, dropout=0.1, autocast=True), "one process"),
+    (Stack(compiled=False, checkpointed=False, dropout=0.0, autocast=False), "one process"),
     (Stack(compiled=True, checkpointed=False, dropout=0.1, autocast=False), "DDP"),
     (Stack(compiled=False, checkpointed=True, dropout=0.0, autocast=True), "DDP"),
-    (Stack(compiled=True, checkpointed=True, dropout=0.1, autocast=True), "FSDP2"),
-    (Stack(compiled=False, checkpointed=False, dropout=0.0, autocast=False), "FSDP2"),
+    (Stack(compiled=True, checkpointed=True, dropout=0.0, autocast=False), "FSDP2"),
+    (Stack(compiled=False, checkpointed=False, dropout=0.1, autocast=True), "FSDP2"),
 ]
 
 
