@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lora_kernels.planning import Plan, Problem, Way
 from lora_kernels.planning.plan import ways_of
 from lora_kernels.testing import BranchInputs, LinearInputs, budget_rows, order_errors, run_branch, run_linear
+from tests.equality import assert_rounded_once
 
 Inputs = LinearInputs | BranchInputs
 
@@ -97,14 +98,34 @@ def _assert_fp64_rounding(actual: dict[str, Tensor], inputs: Inputs) -> None:
     A chain of sums with n roundings errs by at most n u times the same chain over absolute values; two such chains
     differ by at most twice that (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1).
     """
-    n, (r, k) = inputs.lora_B.shape[0], inputs.lora_A.shape
-    roundings = inputs.x.numel() // k + n + k + r + 8
-    tensors = {name: t.abs() for name, t in vars(inputs).items() if isinstance(t, Tensor)}
-    majorant = eager_of(replace(inputs, **tensors, scaling=abs(inputs.scaling)))
-    expected = eager_of(inputs)
+    expected, majorant = eager_of(inputs), majorant_of(inputs)
     for name, value in actual.items():
         assert value.dtype == torch.float64
-        assert ((value - expected[name]).abs() <= 2 * roundings * 2**-53 * majorant[name]).all(), name
+        assert ((value - expected[name]).abs() <= 2 * roundings_of(inputs) * 2**-53 * majorant[name]).all(), name
+
+
+def majorant_of(inputs: Inputs) -> dict[str, Tensor]:
+    """y and every gradient as sums of absolute values, in fp64."""
+    wide = inputs.double()
+    tensors = {name: t.abs() for name, t in vars(wide).items() if isinstance(t, Tensor)}
+    return eager_of(replace(wide, **tensors, scaling=abs(inputs.scaling)))
+
+
+def roundings_of(inputs: Inputs) -> int:
+    """How often a result of the call is rounded at most, in whatever order its sums are added."""
+    n, (r, k) = inputs.lora_B.shape[0], inputs.lora_A.shape
+    return inputs.x.numel() // k + n + k + r + 8
+
+
+def assert_rounded_once_each(inputs: Inputs, actual: dict[str, Tensor], *, of_products: float = 0.0) -> None:
+    """Each tensor, to 16 bits, from sums that fp32 adapters and accumulation know to some 1e-5 of their majorants.
+
+    of_products: what a product of two fp32 numbers may lose, relative to it.
+    """
+    truth, majorant = truth_of(inputs), majorant_of(inputs)
+    for name in actual:
+        slack = (roundings_of(inputs) * 2**-24 + of_products) * majorant[name]
+        assert_rounded_once(actual[name], truth[name], slack)
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from tests.linear_cases import (
     SUBSETS,
     assert_same_bits,
     assert_within_budget,
+    assert_rounded_once_each,
     laid_out,
     pooled,
     with_layouts,
@@ -103,6 +104,15 @@ def test_budget(strategy, dtype, size, p):
     # A row of 51 elements has no descriptor: that plan falls back to pointers by itself.
     problem = inputs_of(SIZES[strategy] if size == "tiles" else (37, 51, 45), dtype, 16, dropout_p=p)
     assert_within_budget(problem, partial(run_under, None, strategy=strategy, check_overflow=size == "primes"))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize(("strategy", "dtype"), [c for c in SERVED if c[1].endswith("mixed") and c[0] != "library"])
+def test_y_and_dx_are_rounded_once(strategy, dtype, p):
+    problem = inputs_of((37, 51, 45), dtype, 16, dropout_p=p)
+    # Both fp32 operands of the expand are split into two bf16 each, and the smallest of the products left out.
+    found = run_under(None, problem, strategy=strategy)
+    assert_rounded_once_each(problem, {name: found[name] for name in ("y", "d_x")}, of_products=2**-16)
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), [case for case in SERVED if case[1].endswith("mixed")])

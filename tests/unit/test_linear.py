@@ -27,6 +27,7 @@ from tests.linear_cases import (
     SUBSETS,
     assert_same_bits,
     assert_within_budget,
+    assert_rounded_once_each,
     laid_out,
     pooled,
     truth_of,
@@ -261,6 +262,16 @@ def test_fp32_adapter_gradients_never_pass_through_16_bits(dtype, strategy, p):
         assert gradient.dtype == torch.float32
         # Of 2^13 fp32 numbers, one is representable in fp16 (11 bits of significand), fewer in bf16.
         assert (gradient.to(x).float() == gradient).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["fp16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_upcast_rounds_y_once_and_library_twice(dtype, p):
+    x, adapters = DTYPES[dtype]
+    inputs = make_linear_inputs(64, 48, 40, 8, dtype=x, adapter_dtype=adapters, dropout_p=p)
+    assert_rounded_once_each(inputs, {"y": run_under(PLANS["upcast"], inputs)["y"]})
+    with pytest.raises(AssertionError, match="elements"):
+        assert_rounded_once_each(inputs, {"y": run_under(PLANS["library"], inputs)["y"]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
