@@ -123,9 +123,9 @@ def assert_rounded_once_each(inputs: Inputs, actual: dict[str, Tensor], *, of_pr
     of_products: what a product of two fp32 numbers may lose, relative to it.
     """
     truth, majorant = truth_of(inputs), majorant_of(inputs)
-    for name in actual:
+    for name, value in actual.items():
         slack = (roundings_of(inputs) * 2**-24 + of_products) * majorant[name]
-        assert_rounded_once(actual[name], truth[name], slack)
+        assert_rounded_once(value, truth[name], slack)
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
