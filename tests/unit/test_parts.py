@@ -10,6 +10,7 @@ from tests.parts import CPUS, PARTS, Part
 ENDINGS = {
     "good": ("print('=' * 9, '7 passed in 0.10s', '=' * 9)", 0),
     "red": ("print('=' * 9, '1 failed, 6 passed in 3.20s (0:00:03)', '=' * 9); raise SystemExit(1)", 1),
+    "brief": ("print('8 passed, 2 deselected in 306.88s (0:05:06)'); print('a word at exit')", 0),
     "gone": ("import os; os.abort()", -6),
     "late": ("from os import environ as e; print('got', e['MARK'], e.get('TRITON_INTERPRET')); raise SystemExit(2)", 2),
 }  # fmt: skip
@@ -27,9 +28,11 @@ def test_a_red_part_hides_none_behind_it_and_the_exit_status_is_the_worst(capfdb
     assert parts.main([]) == 6
     out = capfdbinary.readouterr().out.decode()
     rows = out[out.rindex("====") + 4 :].strip().splitlines()
-    assert [row.split()[:2] for row in rows] == [["good", "green"], ["red", "RED"], ["gone", "RED"], ["late", "RED"]]
+    assert [row.split()[:2] for row in rows] == [
+        ["good", "green"], ["red", "RED"], ["brief", "green"], ["gone", "RED"], ["late", "RED"],
+    ]  # fmt: skip
     assert [row.split(maxsplit=3)[3] for row in rows] == [
-        "7 passed", "1 failed, 6 passed", "ended with status -6 and no closing line",
+        "7 passed", "1 failed, 6 passed", "8 passed, 2 deselected", "ended with status -6 and no closing line",
         "ended with status 2 and no closing line",
     ]  # fmt: skip
     assert "got late None" in out  # its own environment, and none that Triton would read
@@ -43,7 +46,7 @@ def test_one_part_alone_has_pytests_own_end(capfdbinary):
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         parts.main(["good", "bad"])
-    assert "parts must be of good, red, gone, late; got bad" in capsys.readouterr().err
+    assert "parts must be of good, red, brief, gone, late; got bad" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*PARTS, *CPUS])
