@@ -47,8 +47,13 @@ def cpu_name() -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
         if found:
             model = found.group(1).strip()
-    instructions = ", ".join(_instructions(torch.cpu.get_capabilities()))
+    instructions = ", ".join(_instructions(cpu_capabilities()))
     return f"{model} ({instructions})" if instructions else model
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows of the CPU, by name; nothing before torch had this function."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _instructions(capabilities: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from lora_kernels.errors import ArgumentError, UnsupportedError
 from lora_kernels.planning import tiles
 from lora_kernels.planning.cost import Costs
+from lora_kernels.planning.device import cpu_capabilities
 from lora_kernels.planning.measured import Direction, Key, Timings, row_bucket
 from lora_kernels.planning.tiles import Family, Tile, Width
 
@@ -164,7 +165,7 @@ class Plan:
 @cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of `dtype` in hardware; unknown counts as yes (the library knows best)."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities = cpu_capabilities()
     if capabilities.get("architecture") != "x86_64":
         return True
     names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
