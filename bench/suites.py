@@ -169,7 +169,11 @@ SUITES: dict[str, tuple[Sweep, ...]] = {
     "ranks": (Sweep(ranks=RANKS, dropouts=DROPOUTS, positions=("q", "k", "gate", "down")),),
     "models": (Sweep(models=MODELS[1:], tokens=(8192,)), Sweep(models=MODELS, tokens=(2048,), dropouts=(0.1,))),
     # Every strategy beside every other, where the planner has to choose among them.
-    "strategies": (Sweep(dropouts=(0.0, 0.1)), Sweep(modes=("forward",), tokens=(16, 512)), Sweep(tokens=(1024,))),
+    "strategies": (
+        Sweep(dtypes=(BF16, BF16_FP32), dropouts=(0.0, 0.1)),
+        Sweep(modes=("forward",), tokens=(16, 512)),
+        Sweep(tokens=(1024,)),
+    ),
     "full": (Sweep(MODELS, tuple(reversed(MODES)), DTYPES, RANKS, TOKENS, DROPOUTS),),
 }
 # What fills nine minutes of a GPU.
