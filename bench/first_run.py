@@ -70,7 +70,7 @@ def _contenders(*, unproven: bool = False) -> str:
     return ",".join([providers.BASELINES[0].name, providers.ADDMM.name, *ours])
 
 
-SLOW_OR_LATER = "persistent or offsets_past or compiled or memory"
+SLOW_OR_LATER = "persistent or offsets_past or compiled or memory_saved"
 
 
 def parts(call: int, device: str, folder: Path) -> list[Part]:
@@ -78,17 +78,17 @@ def parts(call: int, device: str, folder: Path) -> list[Part]:
     me = ("-m", "bench.first_run", "--device", device)
     if call == 1:
         return [
-            Part("info", 20, ("-m", "lora_kernels", "info")),
-            Part("tests of the linear", 170, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_linear.py")),
-            Part("every case once, in 14 processes", 75, (*me, "--part", "warm")),
-            Part("300 times the same bits", 40, (*me, "--part", "repeat")),
-            Part("tests of the persistent kernel", 50, _tests("-x", "tests/gpu/test_persistent.py", workers=8)),
+            Part("info", 15, ("-m", "lora_kernels", "info")),
+            Part("tests of the linear", 145, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_linear.py")),
+            Part("every case once, in 14 processes", 60, (*me, "--part", "warm")),
+            Part("300 times the same bits", 35, (*me, "--part", "repeat")),
+            Part("tests of the persistent kernel", 40, _tests("-x", "tests/gpu/test_persistent.py", workers=8)),
             Part(
-                "ceilings and strategies", 90,
+                "ceilings and strategies", 75,
                 _linear(device, folder, "strategies", "--suite", "strategies", "--providers", _contenders(),
-                        "--budget", "0.25", total_s=75),
+                        "--budget", "0.25", total_s=60),
             ),
-            Part("host time", 20, ("-m", "bench.host", "--device", device, "--out", str(folder))),
+            Part("host time", 15, ("-m", "bench.host", "--device", device, "--out", str(folder))),
         ]  # fmt: skip
     return [
         Part("tests of the branch", 80, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_branch.py",
