@@ -159,7 +159,7 @@ def kept(folder: Path, out: Path, text: Callable[[], str]) -> Iterator[None]:
 
     def keep() -> None:
         (out / "summary.txt").write_text(text(), encoding="utf-8")
-        beside = out.parent / f".{out.name}.tgz"
+        beside = out / "all.tgz.new"
         with tarfile.open(beside, "w:gz") as archive:
             archive.add(folder, arcname="run")
         beside.replace(out / "all.tgz")
