@@ -1,4 +1,4 @@
-"""The lent minutes of a GPU, in two calls: right first, then timed.
+"""The lent minutes of a GPU, in three calls: right first, then timed.
 
     python3 -m bench.first_run --call 1 [--device DEVICE] [--out FOLDER] [--only PARTS]
 
@@ -90,10 +90,18 @@ def parts(call: int, device: str, folder: Path) -> list[Part]:
             ),
             Part("host time", 15, ("-m", "bench.host", "--device", device, "--out", str(folder))),
         ]  # fmt: skip
+    if call == 2:
+        return [
+            Part("kernels by themselves", 110, ("-m", "bench.kernels", "--budget", "0.5", "--total", "90",
+                                                "--out", str(folder))),
+            Part("tests of the linear", 100, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_linear.py")),
+            Part("tests of the branch", 70, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_branch.py",
+                                                  "tests/gpu/test_replay.py")),
+            Part("tests of the persistent kernel", 45,
+                 _tests("-k", "every_tile or long or graph or back_to_back", "tests/gpu/test_persistent.py")),
+            Part("host time", 25, ("-m", "bench.host", "--device", device, "--out", str(folder))),
+        ]  # fmt: skip
     return [
-        Part("tests of the branch", 80, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_branch.py",
-                                              "tests/gpu/test_replay.py")),
-        Part("tune", 60, ("-m", "lora_kernels", "tune", "--device", device, "--budget", "50")),
         Part("headline", 110, _linear(device, folder, "headline", "--suite", "headline", "--budget", "0.4",
                                       total_s=95)),
         Part("a Llama-shaped step", 70, ("-m", "bench.llama_step", "--device", device, "--out", str(folder),
@@ -309,7 +317,7 @@ def repeat(device: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.first_run", description=__doc__.splitlines()[0])
-    parser.add_argument("--call", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--device", default="cuda", help="cpu: a dry run of the script")
     parser.add_argument("--out", type=Path, help="folder (default: $OUT, else bench/results/local/<device>)")
     parser.add_argument("--only", default="", help="parts whose title has one of these words, separated by commas")

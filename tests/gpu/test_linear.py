@@ -70,7 +70,11 @@ def run_under(plan: Plan, inputs: LinearInputs, needs: Needs = Needs(*[True] * 5
     needs = needs._replace(bias=needs.bias and i.bias is not None)
     y, xa = _linear_triton.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
     gradients = _linear_triton.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
-    named = {f"d_{name}": g for name, g in zip(PARAMETERS, gradients, strict=True) if g is not None}
+    named = {  # the bias's comes in the wider dtype it may have
+        f"d_{name}": g.to(getattr(i, name).dtype)
+        for name, g in zip(PARAMETERS, gradients, strict=True)
+        if g is not None
+    }
     return {"y": y, **named}
 
 
