@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = 3
 KEEP_S = 15.0
 LINES_SHOWN = 12
-PERSISTENT = f"triton:{UNPROVEN[0]}"
 REPEATS = 300
 
 
@@ -101,11 +100,19 @@ def parts(call: int, device: str, folder: Path) -> list[Part]:
                  _tests("-k", "every_tile or long or graph or back_to_back", "tests/gpu/test_persistent.py")),
             Part("host time", 25, ("-m", "bench.host", "--device", device, "--out", str(folder))),
         ]  # fmt: skip
+    named = ("frozen linear,unfused chain,peft,addmm,unsloth-style,lorafusion-style,auto,triton:shrink_fused,"
+             "triton:library")
     return [
-        Part("headline", 110, _linear(device, folder, "headline", "--suite", "headline", "--budget", "0.4",
-                                      total_s=95)),
-        Part("a Llama-shaped step", 70, ("-m", "bench.llama_step", "--device", device, "--out", str(folder),
-                                         "--budget", "2", "--total", "50")),
+        Part("tests of the linear", 90, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_linear.py")),
+        Part("headline", 75, _linear(device, folder, "headline", "--suite", "headline", "--budget", "0.35",
+                                     "--providers", named, total_s=60)),
+        Part("a Llama-shaped step", 60, ("-m", "bench.llama_step", "--device", device, "--out", str(folder),
+                                         "--budget", "1.5", "--total", "45")),
+        Part("kernels by themselves", 45, ("-m", "bench.kernels", "--budget", "0.4", "--total", "40", "--only",
+                                           "fp32 adapters", "--out", str(folder))),
+        Part("tests of the branch and of what is compiled", 60,
+             _tests("-k", "(test_branch and mixed) or compiled or memory", "tests/gpu/test_branch.py",
+                    "tests/gpu/test_linear.py")),
     ]  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def shrinks(m: int, k: int, *, r: int = 16, mixed: bool = False, masked: bool = 
         a16 = lora_A.to(BF16)
         seed = torch.full((1,), 7, dtype=torch.int64, device=device) if masked else None
         calls: dict[str, Call] = {"library": lambda: torch.mm(x, a16.T)}
-        narrow = [(64, 64, 4, 3), (64, 64, 4, 4), (32, 128, 4, 3), (64, 32, 4, 4), (128, 32, 8, 3)]
+        narrow = [(32, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 8, 3)]
         wide = [(64, 64, 4, 6), (64, 64, 4, 4), (128, 64, 8, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 8, 4)]
         for bm, bk, warps, stages in narrow if mixed else wide:
             tile = Tile(block_m=bm, block_k=bk, block_r=r, num_warps=warps, num_stages=stages)
@@ -218,7 +218,7 @@ def from_dy(m: int, n: int, *, r: int = 16, mixed: bool = False) -> Group:
 
         calls: dict[str, Call] = {"library": library}
         wide = [(64, 256, 8, 2), (64, 256, 8, 3), (64, 128, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2), (32, 256, 4, 3)]
-        narrow = [(64, 64, 4, 3), (64, 128, 8, 2), (32, 128, 4, 3), (32, 128, 4, 2), (64, 64, 4, 2)]
+        narrow = [(64, 128, 8, 3), (64, 128, 4, 3), (32, 256, 8, 3), (64, 64, 4, 3), (64, 128, 8, 2)]
 
         def run(tile: Tile, splits: int) -> Tensor:
             found = bwd_lora_b(
@@ -255,7 +255,7 @@ def from_x(m: int, k: int, *, r: int = 16, mixed: bool = False, masked: bool = F
         threshold, precision = (THRESHOLD if masked else 0), ("tf32x3" if mixed else "ieee")
         calls: dict[str, Call] = {"library": lambda: torch.mm(dyb16.T, x)}
         wide = [(64, 128, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2), (64, 256, 8, 2), (32, 256, 4, 3), (64, 64, 4, 4)]
-        narrow = [(64, 64, 4, 3), (64, 128, 8, 2), (32, 128, 4, 3), (64, 64, 4, 2)]
+        narrow = [(64, 64, 4, 4), (64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 2)]
         for bm, bk, warps, stages in narrow if mixed else wide:
             tile = Tile(block_m=bm, block_k=bk, block_r=r, num_warps=warps, num_stages=stages)
             for programs in (132, 264, 528):
@@ -308,7 +308,7 @@ def decodes(m: int, n: int, k: int, *, r: int = 16, mixed: bool = False) -> Grou
         lora_B = normal(device, n, r, dtype=adapter)
         calls: dict[str, Call] = {"library": lambda: torch.mm(x, weight.T)}
         wide = [(64, 128, 4, 5), (32, 128, 4, 5), (32, 256, 4, 4), (64, 256, 8, 3), (128, 64, 4, 5), (64, 64, 4, 6)]
-        narrow = [(32, 32, 4, 3), (32, 64, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (32, 128, 4, 4)]
+        narrow = [(64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (32, 128, 4, 4)]
         sums = Tile(block_m=16, block_n=64 if not mixed else 32, block_r=16, num_warps=4, num_stages=1)
 
         def run(tile: Tile, splits: int) -> Tensor:

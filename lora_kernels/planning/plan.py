@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,15 +30,18 @@ UPCAST_ROWS = 16
 SPLITS_MAX = 64
 ONE_PASS_STEPS = 4
 """Steps of K that a split of `one_pass` has at least, to be worth its share of the partial sums."""
-PROGRAMS_PER_SM = 2
-"""Of a gradient's kernel, whose shares are added up whatever their number. One program's four warps, a warp for each
-scheduler, leave a multiprocessor idle at every barrier and have 8 to 32 KiB on their way from memory, of which an H200
-wants some 30 KiB all the time (4.8 TB/s by its data sheet, over 132, for an assumed 0.8 us). Two reside together, or
-one of twice the warps."""
+WARPS_PER_SM = 8
+"""Of a gradient's kernel, whose shares are added up whatever their number: two programs of four warps, or one of eight.
+On an H200, dB and dyb from dy [8192, 4096] (64 x 256, 8 warps) take 34.4 us with one a multiprocessor, 36.8 with two;
+dA (64 x 64, 4 warps) 36.2 with one, 29.6 with two, 30.0 with four (`bench.kernels`)."""
 STEPS_OF_A_SECOND = 4
 """Rows of tiles that each split has at least where a multiprocessor gets a second one."""
+NARROW = 128
+NARROW_MARGIN = 1.05
+"""How much slower an element of a 128 x 128 tile is than one of 128 x 256. Persistent on an H200, forward 8192 x 4096 x
+4096: 368 us and 355, both 8 waves of the wider's area; 512 x 4096 x 4096: 29.8 us and 46.0 (`bench.kernels`)."""
 OLDEST_SM = 80
-MODEL_MARGIN = 1.05
+MODEL_MARGIN = 1.02
 """What a way must win over the library's by, in the model, to be taken unmeasured: its rates are no better known."""
 
 
@@ -98,8 +101,7 @@ class Problem:
 
 
 LIBRARY = Way("torch", "library")
-UNPROVEN: tuple[Strategy, ...] = ("persistent",)
-"""No GPU has run these yet, and they wait on barriers of their own: neither modelled, nor checked or tuned unasked."""
+UNPROVEN: tuple[Strategy, ...] = ()
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 BACKWARD_OF: Mapping[Strategy, Strategy] = {"one_pass": "fused", "shrink_fused": "fused"}
 """The backward that goes with a forward where nothing else is said; the others have their own name's."""
@@ -249,7 +251,7 @@ def kernel_choices(problem: Problem) -> Plan:
     for kernel in tiles.kernels_of(family, width):
         # N of the kernel's own product: the forward's, and K in the backward, whose product is dx.
         for name, columns in ((kernel, problem.N), (f"backward.{kernel}", problem.K)):
-            tile = tiles.tile_of(family, width, kernel, rows=m, columns=columns, rank=rank)
+            tile = _of_few_waves(problem, kernel, columns)
             if tile is not None and table.get(kernel) != tile:
                 table[name] = tile
     one_pass_splits = 1
@@ -282,17 +284,29 @@ def kernel_choices(problem: Problem) -> Plan:
         one_pass_splits=one_pass_splits,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
-        d_lora_A_splits=_splits_of_gradient(
-            problem, _tiles(k, lora_a.block_k) * _tiles(rank, lora_a.block_r), _tiles(m, lora_a.block_m)
-        ),
-        d_lora_B_splits=_splits_of_gradient(
-            problem, _tiles(n, lora_b.block_n) * _tiles(rank, lora_b.block_r), _tiles(m, lora_b.block_m)
-        ),
-        dx_lora_A_splits=_splits_of_gradient(
-            problem, _tiles(k, dx_lora_a.block_k) * _tiles(rank, dx_lora_a.block_r), _tiles(m, dx_lora_a.block_m)
-        ),
+        d_lora_A_splits=_splits_of_gradient(problem, lora_a, _tiles(k, lora_a.block_k)),
+        d_lora_B_splits=_splits_of_gradient(problem, lora_b, _tiles(n, lora_b.block_n)),
+        dx_lora_A_splits=_splits_of_gradient(problem, dx_lora_a, _tiles(k, dx_lora_a.block_k)),
         tiles=tuple(table.items()),
     )
+
+
+def _of_few_waves(problem: Problem, kernel: str, columns: int) -> Tile | None:
+    """The tile for a product of so many columns; the narrow one where it leaves fewer multiprocessors without work."""
+    find = partial(tiles.tile_of, problem.family, problem.width, kernel, rows=problem.M, rank=problem.R)
+    wide, narrow = find(columns=columns), find(columns=min(columns, NARROW))
+    if wide is None or narrow is None or not wide.block_n:
+        return wide
+
+    def time(tile: Tile) -> int:
+        return waves(problem, tile, columns) * tile.block_m * tile.block_n
+
+    return narrow if NARROW_MARGIN * time(narrow) < time(wide) else wide
+
+
+def waves(problem: Problem, tile: Tile, columns: int) -> int:
+    """How often every multiprocessor gets a tile of an [M, columns] product, the last time perhaps not all of them."""
+    return _tiles(_tiles(problem.M, tile.block_m) * _tiles(columns, tile.block_n), problem.sm_count)
 
 
 def _tiles(size: int, block: int) -> int:
@@ -304,9 +318,11 @@ def _splits(problem: Problem, programs: int, steps: int) -> int:
     return max(1, min(problem.sm_count // max(programs, 1), steps, SPLITS_MAX))
 
 
-def _splits_of_gradient(problem: Problem, programs: int, steps: int) -> int:
-    """The same with `PROGRAMS_PER_SM`, as long as each has steps enough to fill its pipeline."""
-    more = min(PROGRAMS_PER_SM * problem.sm_count // programs, steps // STEPS_OF_A_SECOND, SPLITS_MAX)
+def _splits_of_gradient(problem: Problem, tile: Tile, columns: int) -> int:
+    """The same for `WARPS_PER_SM` warps, as long as each program has steps enough to fill its pipeline."""
+    programs, steps = columns * _tiles(problem.R, tile.block_r), _tiles(problem.M, tile.block_m)
+    resident = max(1, WARPS_PER_SM // tile.num_warps)
+    more = min(resident * problem.sm_count // programs, steps // STEPS_OF_A_SECOND, SPLITS_MAX)
     return max(_splits(problem, programs, steps), more)
 
 
@@ -322,9 +338,9 @@ def _cheapest(
     if problem.device_type == "cpu":
         way, reason = cpu_way(problem)
         return way, (), reason
-    costs = Costs(problem)
+    costs = Costs(problem, dict(kernel_choices(problem).tiles))
     return ranked(
-        {way: costs.of(way, backward=direction == "backward") for way in ways if way.strategy not in UNPROVEN},
+        {way: costs.of(way, backward=direction == "backward") for way in ways},
         measured=False,
     )
 
