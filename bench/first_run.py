@@ -103,14 +103,15 @@ def parts(call: int, device: str, folder: Path) -> list[Part]:
     named = ("frozen linear,unfused chain,peft,addmm,unsloth-style,lorafusion-style,auto,triton:shrink_fused,"
              "triton:library")
     return [
-        Part("tests of the linear", 90, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_linear.py")),
-        Part("headline", 75, _linear(device, folder, "headline", "--suite", "headline", "--budget", "0.35",
+        Part("tests of the linear", 80, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_linear.py")),
+        Part("every case once, in 14 processes", 35, (*me, "--part", "warm")),
+        Part("headline", 70, _linear(device, folder, "headline", "--suite", "headline", "--budget", "0.35",
                                      "--providers", named, total_s=60)),
-        Part("a Llama-shaped step", 60, ("-m", "bench.llama_step", "--device", device, "--out", str(folder),
-                                         "--budget", "1.5", "--total", "45")),
-        Part("kernels by themselves", 45, ("-m", "bench.kernels", "--budget", "0.4", "--total", "40", "--only",
+        Part("a Llama-shaped step", 50, ("-m", "bench.llama_step", "--device", device, "--out", str(folder),
+                                         "--budget", "1.5", "--total", "35")),
+        Part("kernels by themselves", 40, ("-m", "bench.kernels", "--budget", "0.4", "--total", "32", "--only",
                                            "fp32 adapters", "--out", str(folder))),
-        Part("tests of the branch and of what is compiled", 60,
+        Part("tests of the branch and of what is compiled", 50,
              _tests("-k", "(test_branch and mixed) or compiled or memory", "tests/gpu/test_branch.py",
                     "tests/gpu/test_linear.py")),
     ]  # fmt: skip

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Elements of one fp32 block, 4 MiB on a CPU: so large that a call is a few large GEMMs. Blocks of 2^17, which stay in
 # L2, make each step 64 rows, and each small GEMM is a barrier between threads.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 21}
 
 
 def row_blocks(t: Tensor, columns: int = 0) -> Iterator[slice]:
