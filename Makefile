@@ -28,7 +28,7 @@ unexport TRITON_INTERPRET
 .NOTPARALLEL:
 .PHONY: help setup test test-unit test-processors test-distributed test-interpret test-compile test-compile-all test-matrix \
     test-cpus test-minimum figures conformance lint format bench docs \
-    gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama gpu-sanitize pages clean distclean
+    gpu gpu-check gpu-test gpu-bench gpu-llama gpu-sanitize pages clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -108,13 +108,13 @@ docs: $(READY) ## run every example in README, docs and docstrings; follow every
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/interop/test_tutorials.py
 
 # With the python3 that is there, nothing installed. What is printed also goes to $(OUT). Several targets, because a lent
-# GPU may allow ten minutes a command; `make gpu` runs four and fails if one does. The tests use several processes
+# GPU may allow ten minutes a command; `make gpu` runs three and fails if one does. The tests use several processes
 # where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
 # pinned ones, and a deprecation in them is no fault of a kernel.
-gpu gpu-check gpu-test gpu-bench gpu-unproven gpu-llama gpu-sanitize: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-check gpu-test gpu-bench gpu-llama gpu-sanitize: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-gpu: ## gpu-check, gpu-test, gpu-bench and gpu-unproven, whatever fails
-	@failed=; for part in gpu-check gpu-test gpu-bench gpu-unproven; do \
+gpu: ## gpu-check, gpu-test and gpu-bench, whatever fails
+	@failed=; for part in gpu-check gpu-test gpu-bench; do \
 	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
@@ -133,14 +133,10 @@ gpu-check: ## every backend on this GPU against fp64; fails without a GPU
 gpu-test: ## tests/gpu
 	@mkdir -p "$(OUT)"
 	@$(call logged,tests.txt,OMP_NUM_THREADS=2 timeout --signal=INT 560 $(PYTHON) -m pytest -W default --tb=short \
-	    --durations=15 $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') -k 'not persistent' \
+	    --durations=15 $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') \
 	    tests/gpu/test_linear.py tests/gpu)
 
-gpu-unproven: ## tests of the persistent kernel, untried on a GPU; limited, as its barriers might wait for ever
-	@mkdir -p "$(OUT)"
-	@$(call logged,unproven.txt,timeout 300 $(PYTHON) -m pytest -W default -x -k persistent tests/gpu)
-
-gpu-bench: ## check, ceilings, every strategy and peer on this GPU, last the persistent kernel's, in nine minutes
+gpu-bench: ## check, ceilings, every strategy and peer on this GPU, in nine minutes
 	$(PYTHON) -m bench.gpu --out "$(OUT)/bench"
 
 gpu-llama: ## a Llama-shaped training step, stock PEFT and patched; needs peft and transformers, so `make gpu` leaves it out

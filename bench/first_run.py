@@ -30,7 +30,6 @@ from bench import providers, suites
 from lora_kernels.benchmarking.cases import LinearCase, select
 from lora_kernels.benchmarking.providers import CaseInputs
 from lora_kernels.benchmarking.records import device_slug
-from lora_kernels.planning.plan import UNPROVEN
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = 3
@@ -64,9 +63,8 @@ def _linear(device: str, folder: Path, name: str, *arguments: str, total_s: floa
     )  # fmt: skip
 
 
-def _contenders(*, unproven: bool = False) -> str:
-    ours = [p.name for p in providers.OURS if unproven or p.name.rpartition(":")[2] not in UNPROVEN]
-    return ",".join([providers.BASELINES[0].name, providers.ADDMM.name, *ours])
+def _contenders() -> str:
+    return ",".join(p.name for p in (providers.BASELINES[0], providers.ADDMM, *providers.OURS))
 
 
 SLOW_OR_LATER = "persistent or offsets_past or compiled or memory_saved"
@@ -100,8 +98,9 @@ def parts(call: int, device: str, folder: Path) -> list[Part]:
                  _tests("-k", "every_tile or long or graph or back_to_back", "tests/gpu/test_persistent.py")),
             Part("host time", 25, ("-m", "bench.host", "--device", device, "--out", str(folder))),
         ]  # fmt: skip
-    named = ("frozen linear,unfused chain,peft,addmm,unsloth-style,lorafusion-style,auto,triton:shrink_fused,"
-             "triton:library")
+    named = (
+        "frozen linear,unfused chain,peft,addmm,unsloth-style,lorafusion-style,auto,triton:shrink_fused,triton:library"
+    )
     return [
         Part("tests of the linear", 80, _tests("-k", f"not ({SLOW_OR_LATER})", "tests/gpu/test_linear.py")),
         Part("every case once, in 14 processes", 35, (*me, "--part", "warm")),
@@ -250,7 +249,7 @@ def _warm(device: str, case: LinearCase) -> str:
                 torch.autograd.grad(y, tuple(inputs.leaves.values()) if provider.has_lora else (inputs.x,), inputs.dy)
             if where.type == "cuda":
                 torch.cuda.synchronize(where)
-        except Exception as error:  # noqa: BLE001 - said, and the next one is tried
+        except Exception as error:  # said, and the next one is tried
             faults.append(f"{case} {provider.name}: {type(error).__name__}: {str(error)[:300]}")
     return "\n".join(faults)
 

@@ -3,15 +3,14 @@
     python -m bench.gpu [--budget SECONDS] [--out FOLDER]
 
 Check against fp64, then ceilings and all strategies side by side, then `lora-kernels tune`, host time, and the suite
-under the tuned plans, most important cases first, for as long as the budget lasts; last, on a GPU, the persistent
-kernel, which no GPU has run yet: a check, and its times if that passes. Each part is a process of its own: an illegal
-access in one kernel would make every later launch of its process fail, too. A check that fails, or has no
+under the tuned plans, most important cases first, for as long as the budget lasts. Each part is a process of its own:
+an illegal access in one kernel would make every later launch of its process fail, too. A check that fails, or has no
 time to end, is said at the end and is the exit status, but stops nothing: what is timed is held to fp64 case by case,
 and a contender that is refused there has no time. Nothing but torch and Triton is needed, and nothing is installed.
 `--device cpu` walks through the same parts on a CPU, to try the script.
 
 In the folder, while it runs and at the end: log.txt, linear.csv, run.json, strategies.csv, host.csv, plans.json (what
-was tuned; plans of the machine's user take no part), unproven.csv and, where pytest-benchmark is installed,
+was tuned; plans of the machine's user take no part) and, where pytest-benchmark is installed,
 linear_benchmark.json. `python -m bench.plots FOLDER` draws the pictures anywhere.
 """
 
@@ -35,12 +34,11 @@ import torch
 
 from bench import providers
 from lora_kernels.benchmarking.records import device_slug
-from lora_kernels.planning.plan import UNPROVEN
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 540.0
 # Shares of the budget; the suite has what the others leave.
-CHECK, STRATEGIES, TUNE, HOST, UNPROVEN_SHARE = 0.3, 0.2, 0.15, 0.1, 0.08
+CHECK, STRATEGIES, TUNE, HOST = 0.3, 0.2, 0.15, 0.1
 SPARE_S = 5.0  # for writing; a last case that was begun in time has three of them
 KEEP_S = 5.0  # between two looks at what there is to keep; whoever lends the GPU may end this process without notice
 NO_GPU = 3
@@ -59,8 +57,7 @@ def parts(device: torch.device, folder: Path, budget_s: float) -> list[Part]:
     """What is run before the suite, in order."""
     where = ("--device", str(device))
     gpu = device.type == "cuda"
-    proven = [p for p in providers.OURS if p.name.rpartition(":")[2] not in UNPROVEN]
-    contenders = [*providers.BASELINES[:1], providers.ADDMM, *proven]
+    contenders = [*providers.BASELINES[:1], providers.ADDMM, *providers.OURS]
     strategies = (
         "bench.linear", *where, "--suite", "strategies" if gpu else "cpu", "--only", "" if gpu else "minilm.attention",
         "--providers", ",".join(provider.name for provider in contenders), "--budget", "0.4", "--rows-only",
@@ -75,17 +72,6 @@ def parts(device: torch.device, folder: Path, budget_s: float) -> list[Part]:
     listed.append(Part("tune", ("lora_kernels", "tune", *where, *tuned), TUNE))
     listed.append(Part("host time", ("bench.host", *where, "--out", str(folder)), HOST))
     return listed
-
-
-def unproven(device: torch.device, folder: Path) -> list[Part]:
-    """Strategies that no GPU has run yet, last, each step in a process that can be stopped: right first, then timed."""
-    names = ["frozen linear", "triton:library", *(f"triton:{strategy}" for strategy in UNPROVEN)]
-    timing = (
-        "bench.linear", "--device", str(device), "--suite", "strategies", "--providers", ",".join(names),
-        "--budget", "0.4", "--rows-only", "--total", "20", "--out", str(folder / "unproven"),
-    )  # fmt: skip
-    check = ("lora_kernels", "check", "--quick", "--unproven", "--backend", "triton", "--device", str(device))
-    return [Part("check of the untried strategies", check, UNPROVEN_SHARE), Part("its times", timing, UNPROVEN_SHARE)]
 
 
 def suite(device: torch.device, folder: Path, total_s: float) -> Part:
@@ -150,21 +136,15 @@ def run(device: torch.device, out: Path, budget_s: float) -> int:
         def left() -> float:
             return budget_s - (time.perf_counter() - start)
 
-        def went_wrong(part: Part, timeout_s: float) -> bool:
+        def do(part: Part, timeout_s: float) -> None:
             late = f"{part.title}: left out, for want of time"
             fault = run_part(part, log, folder, out, timeout_s) if timeout_s > 0 else late
             faults.extend([fault] if fault else [])
-            return bool(fault)
 
-        last = unproven(device, folder) if device.type == "cuda" else []
-        reserved = sum(part.share for part in last) * budget_s
         for part in parts(device, folder, budget_s):
-            went_wrong(part, part.share * budget_s)
-        time_s = left() - reserved - SPARE_S
-        went_wrong(suite(device, folder, time_s - 3 * SPARE_S), time_s)
-        for part in last:  # its times only where it is right
-            if went_wrong(part, min(part.share * budget_s, left())):
-                break
+            do(part, part.share * budget_s)
+        time_s = left() - SPARE_S
+        do(suite(device, folder, time_s - 3 * SPARE_S), time_s)
         outcome = "; ".join(faults) or "every part done"
         line = f"\n{outcome}; {time.perf_counter() - start:.0f} of {budget_s:.0f} s; written: {out}"
         print(line)
@@ -186,7 +166,6 @@ def keep(folder: Path, out: Path) -> None:
         ("suite/linear_benchmark.json", "linear_benchmark.json"),
         ("strategies/linear.csv", "strategies.csv"),
         ("host.csv", "host.csv"),
-        ("unproven/linear.csv", "unproven.csv"),
     ):
         if (folder / source).exists():
             shutil.copyfile(folder / source, out / name)

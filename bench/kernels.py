@@ -11,6 +11,7 @@ cache on a machine without a GPU, for sm_90.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import time
@@ -33,6 +34,8 @@ THRESHOLD = dropout_threshold(P)
 BF16 = torch.bfloat16
 COPY_GB_S, PRODUCT_TFLOPS = 3029.0, 785.0
 """An H100's measured ceilings (bench/results/nvidia-h100), for the floor that is printed beside the times."""
+NOT_OURS = ("library", "addmm")
+"""How the names of what the library runs begin."""
 LIMIT = 2.0**-6
 """Of the relative error of what is timed: three roundings to bf16 are 2^-7.4 at most; a wrong element is near 1."""
 
@@ -379,7 +382,7 @@ def measure(group: Group, device: torch.device, *, budget_s: float) -> list[Kern
             status[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             continue
         errors[name] = ((got.double() - expected).norm() / expected.norm()).item()
-        if not name.startswith("library") and not name.startswith("addmm") and not errors[name] <= LIMIT:
+        if not name.startswith(NOT_OURS) and not errors[name] <= LIMIT:
             status[name] = f"refused: error {errors[name]:.1e}"
             continue
         fit[name] = call
@@ -420,7 +423,7 @@ def compile_group(index: int) -> str:
     with Driver(lambda *_: None, GPUTarget("cuda", 90, 32)).active():
         calls, _ = group.build(torch.device("cpu"))
         for name, call in calls.items():
-            if name.startswith(("library", "addmm")):
+            if name.startswith(NOT_OURS):
                 continue
             try:
                 call()
@@ -434,11 +437,9 @@ def warm(index: int) -> str:
     device = torch.device("cuda")
     calls, _ = groups()[index].build(device)
     for call in calls.values():
-        try:
+        with contextlib.suppress(Exception):  # it fails again where it is measured, and is said there
             call()
             torch.cuda.synchronize()
-        except Exception:  # noqa: S112 - what fails here fails again where it is measured, and is said there
-            continue
     return ""
 
 

@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench import anatomy, choices, comparison, finetune, host, llama_step, peft_memory, peft_step, providers, targets
+from bench import (
+    anatomy, choices, comparison, finetune, host, kernels, llama_step, peft_memory, peft_step, providers, targets,
+)  # fmt: skip
 from bench.comparison import Found, milliseconds, ours
 from bench.peft_layers import PATCHED, STOCK
 from lora_kernels.benchmarking.cases import LinearCase
@@ -64,7 +66,7 @@ def page(folder: Path) -> str:
         _anatomy(_rows(folder / "anatomy.csv", anatomy.StageRow)),
         _side_by_side("Side by side", cases),
         _strategies("Strategies", folder / "strategies.csv"),
-        _strategies("Strategies that `auto` takes only once they are tuned", folder / "unproven.csv"),
+        _kernels(_rows(folder / "kernels.csv", kernels.KernelRow)),
         _memory_and_error(cases),
         _peft_step(_rows(folder / "peft_step.csv", peft_step.StepRow)),
         _peft_memory(_rows(folder / "peft_memory.csv", peft_memory.MemoryRow)),
@@ -150,6 +152,32 @@ def _first(cases: Mapping[LinearCase, Found], number: int) -> Iterator[tuple[Lin
 def _strategies(title: str, path: Path) -> str:
     """Strategies side by side, each by its own name, from a file of their own."""
     return _side_by_side(title, by_case(read_csv(path, Record)), path.name) if path.exists() else ""
+
+
+def _kernels(rows: Sequence[kernels.KernelRow]) -> str:
+    """Of each group of `bench.kernels` what the library takes and the fastest of each kernel; the rest is in the file."""
+    if not rows:
+        return ""
+    groups: dict[tuple[str, str], list[kernels.KernelRow]] = {}
+    for row in rows:
+        groups.setdefault((row.group, row.commit), []).append(row)
+    lines = []
+    for (group, commit), found in groups.items():
+        fastest: dict[str, kernels.KernelRow] = {}
+        for row in found:
+            own = not row.contender.startswith(kernels.NOT_OURS)
+            name = row.contender.split()[0] if own else row.contender
+            if row.us is not None and (name not in fastest or row.us < (fastest[name].us or 0.0)):
+                fastest[name] = row
+        best = sorted(fastest.values(), key=lambda row: row.us or 0.0)
+        cells = "; ".join(f"`{row.contender}` {row.us:.1f} ({row.us_p10:.1f}–{row.us_p90:.1f})" for row in best)
+        lines.append([group, f"{found[0].floor_us:.1f}", cells, f"`{commit}`"])
+    note = (
+        "Microseconds by `python -m bench.kernels`, L2 flushed before each call, the fastest tile of each kernel; every "
+        "other is in kernels.csv beside linear.csv. A tile is block_m x block_n x block_k, r the "
+        "block of the rank, w warps, s stages, g grouped rows, /n splits. Floor: an H100's copy and product."
+    )
+    return _section("Kernels by themselves", ["problem", "floor", "µs (10th–90th percentile)", "commit"], lines, note)
 
 
 def _side_by_side(title: str, cases: Mapping[LinearCase, Found], file: str = "linear.csv") -> str:

@@ -16,7 +16,6 @@ from bench.providers.peft_layer import PEFT
 from bench.providers.strategies import AUTO, STRATEGIES
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import FROZEN_LINEAR, UNFUSED_CHAIN, Provider
-from lora_kernels.planning.plan import UNPROVEN
 
 BASELINES = (FROZEN_LINEAR, UNFUSED_CHAIN)
 PEERS = (PEFT, COMPILED, COMPILED_MAX, ADDMM, UNSLOTH_STYLE, LORAFUSION_STYLE)
@@ -51,7 +50,7 @@ def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
     """Who runs in a case where nobody is named: all on a GPU; on a CPU, peers in some cases only.
 
     The compiler runs where a target is about it, since it compiles each case for long; `compile-max`, which takes
-    longer still, where it is named. So do strategies that no GPU has run yet.
+    longer still, where it is named.
     """
     compilable = case.backward and case.R == 16 and case.adapter_dtype == case.dtype
     if device.type == "cpu":
@@ -61,6 +60,5 @@ def lineup(case: LinearCase, device: torch.device) -> tuple[Provider, ...]:
         chosen = {provider.name for provider in (*BASELINES, *peers, AUTO)}
     else:
         compiled = compilable and case.model == _GPU_COMPILED_MODEL
-        unproven = {f"triton:{strategy}" for strategy in UNPROVEN}
-        chosen = set(NAMES) - {COMPILED.name, COMPILED_MAX.name} - unproven
+        chosen = set(NAMES) - {COMPILED.name, COMPILED_MAX.name}
     return named(chosen | {COMPILED.name} if compiled else chosen)

@@ -20,7 +20,7 @@ from lora_kernels.benchmarking.timer import interleave
 from lora_kernels.planning import Backend, Plan, Problem, Way, make_plan, tiles
 from lora_kernels.planning.device import triton_available
 from lora_kernels.planning.measured import Direction, Key, Timing, row_bucket
-from lora_kernels.planning.plan import DIRECTIONS, UNPROVEN, obstacle_to_triton, ways_of
+from lora_kernels.planning.plan import DIRECTIONS, obstacle_to_triton, ways_of
 from lora_kernels.reference import linear as reference
 from lora_kernels.reference.budget import error_limit, relative_error
 
@@ -73,14 +73,13 @@ def questions(cases: Iterable[LinearCase]) -> list[Question]:
     return list(found)
 
 
-def tune(question: Question, device: torch.device, *, budget_s: float, unproven: bool = False) -> Outcome:
+def tune(question: Question, device: torch.device, *, budget_s: float) -> Outcome:
     """Time every way of one question, those first that the planner would take.
 
     Args:
         question: what is asked.
         device: where.
         budget_s: seconds for the timed rounds; compiling and checking come on top.
-        unproven: whether to time also the strategies that no GPU has run yet.
 
     Raises:
         torch.OutOfMemoryError: the operands alone do not fit.
@@ -97,8 +96,6 @@ def tune(question: Question, device: torch.device, *, budget_s: float, unproven:
     refused: dict[str, str] = {}
     contenders: dict[str, tuple[_Candidate, Callable[[], object]]] = {}
     for candidate in _candidates(problem, direction):
-        if candidate.way.strategy in UNPROVEN and not unproven:
-            continue
         call = partial(run, candidate.plan)
         try:
             got = call()

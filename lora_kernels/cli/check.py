@@ -1,6 +1,6 @@
 """`lora-kernels check`: every backend that this machine can serve, against fp64.
 
-What a user runs on a new GPU. For each device, backend and strategy (`UNPROVEN` ones if asked for), in fp32, bf16 and
+What a user runs on a new GPU. For each device, backend and strategy, in fp32, bf16 and
 fp16 (interpreted or `--quick`: not fp16): y and every gradient within the error budget (`reference.budget`), no value
 read from unwritten memory, from kernels the same bits from run to run (a library's are the library's affair), and the
 dropout masks of forward and backward equal to the specification's, bit by bit. Rows of the strategy `branch` are
@@ -28,7 +28,7 @@ from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
-from lora_kernels.planning.plan import UNPROVEN, Strategy, obstacle_to_triton, paired, ways_of
+from lora_kernels.planning.plan import Strategy, obstacle_to_triton, paired, ways_of
 from lora_kernels.reference.philox import keep_mask
 from lora_kernels.testing import (
     BranchInputs,
@@ -132,7 +132,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="only this one (default: all that can run here)")
     parser.add_argument("--device", help="only this one (default: the CPU, and the current GPU if there is one)")
     parser.add_argument("--quick", action="store_true", help="three problems in three dtypes")
-    parser.add_argument("--unproven", action="store_true", help=f"also {', '.join(UNPROVEN)}, which no GPU has run yet")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -149,9 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
             if obstacle:
                 skipped.append(f"{backend} on {place}: {obstacle}")
             else:
-                jobs += plan_jobs(backend, device, quick=arguments.quick, unproven=arguments.unproven)
-                if not arguments.unproven and unproven_of(backend, device):
-                    skipped.append(f"{backend} on {place}: {', '.join(UNPROVEN)}, which no GPU has run yet: --unproven")
+                jobs += plan_jobs(backend, device, quick=arguments.quick)
     if not jobs:
         raise UnsupportedError("nothing to check. " + "; ".join(skipped))
 
@@ -213,14 +210,7 @@ class Job:
         return inputs if self.out_dtype in (None, self.dtype) else f"{inputs}>{names[self.out_dtype]}"
 
 
-def unproven_of(backend: str, device: torch.device) -> bool:
-    """Whether some strategy could serve there and is left out unless asked for."""
-    bf16 = torch.bfloat16
-    problem = problem_of(64, 64, 64, 16, dtype=bf16, adapter_dtype=bf16, dropout=False, device=device)
-    return backend == "triton" and any(way.strategy in UNPROVEN for way in ways_of(problem, "forward", ("triton",)))
-
-
-def plan_jobs(backend: str, device: torch.device, *, quick: bool, unproven: bool = False) -> list[Job]:
+def plan_jobs(backend: str, device: torch.device, *, quick: bool) -> list[Job]:
     """Every case in every dtype with every strategy of the backend, also those the planner would not choose here."""
     cases: tuple[Case, ...] = QUICK if quick else CASES
     dtypes = QUICK_DTYPES if quick or (backend == "triton" and config.INTERPRETED) else DTYPES
@@ -231,7 +221,6 @@ def plan_jobs(backend: str, device: torch.device, *, quick: bool, unproven: bool
         for dtype, adapter_dtype in dtypes
         for case in (*cases, MASK_CASE)
         for strategy, plan in _plans(backend, device, case, dtype, adapter_dtype)
-        if unproven or strategy.partition(",")[0] not in UNPROVEN
     ]
     branch = [
         Job(device, backend, BRANCH, None, case, dtype, adapter_dtype, out_dtype)

@@ -11,7 +11,6 @@ import torch
 
 from lora_kernels.cli.bench import DTYPES, select_cases
 from lora_kernels.cli.devices import device_of
-from lora_kernels.planning.plan import UNPROVEN
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +29,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout for --shapes (default: 0)")
     parser.add_argument("--device", help="default: the current GPU if there is one, else the CPU")
     parser.add_argument("--budget", type=float, default=120.0, metavar="S", help="seconds in all (default: 120)")
-    parser.add_argument("--unproven", action="store_true", help=f"also {', '.join(UNPROVEN)}, which no GPU has run yet")
     parser.set_defaults(run=run)
 
 
@@ -59,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 # Half of a question's share is for compiling and for checking.
                 share = remaining / (len(asked) - index) / 2
-                outcome = tune(question, device, budget_s=share, unproven=arguments.unproven)
+                outcome = tune(question, device, budget_s=share)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise

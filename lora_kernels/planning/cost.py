@@ -13,6 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+
 from lora_kernels.planning.tiles import DROPOUT, Tile, Width, dyb_columns, padded_rank, table_of
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ MASK_INSTRUCTIONS = {"streamed": 15, "accumulator": 45}
 # Torch's integer Philox on a GPU: about a hundred passes over 8-byte words, one word for 8 elements, read and written.
 TORCH_MASK_BYTES = 200
 TORCH_MASK_LAUNCHES = 100
-# A 16-bit operand beside an fp32 one: three tf32 products, each at half of the 16-bit rate.
-MIXED_PRODUCTS = 6
+MIXED_PRODUCTS = {torch.bfloat16: 3, torch.float16: 6}
+"""A 16-bit operand beside an fp32 one: three bf16 products, or three of tf32, each at half of the 16-bit rate."""
 LANES_GHZ = 128 * 1.7  # instructions a multiprocessor issues in a nanosecond, all lanes counted
 
 
@@ -80,7 +82,7 @@ class Costs:
         elif backward and p.dropout:
             kernel += DROPOUT
         columns = p.K if backward else p.N
-        tile = backward and self._tiles.get(f"backward.{kernel}") or self._tiles[kernel]
+        tile = (self._tiles.get(f"backward.{kernel}") if backward else None) or self._tiles[kernel]
         count = -(-p.M // tile.block_m) * -(-columns // tile.block_n) / p.sm_count
         return self._gemm(FUSED_GEMM[kind], waves=math.ceil(count) / count)
 
@@ -186,7 +188,8 @@ class _Side:
         """A product of the tensor with one of the rank, in our kernels or in the library, which knows one dtype."""
         width = self._problem.width
         if width == "mixed":
-            return self._product(self._rates.tflops_16 / MIXED_PRODUCTS if kernels else self._rates.tflops_32, kernels)
+            of_kernels = self._rates.tflops_16 / MIXED_PRODUCTS[self._problem.dtype]
+            return self._product(of_kernels if kernels else self._rates.tflops_32, kernels)
         return self._product(self._rates.tflops_16 if width == "16" else self._rates.tflops_32, kernels)
 
     def expand_work(self) -> float:

@@ -34,8 +34,12 @@ WARPS_PER_SM = 8
 """Of a gradient's kernel, whose shares are added up whatever their number: two programs of four warps, or one of eight.
 On an H200, dB and dyb from dy [8192, 4096] (64 x 256, 8 warps) take 34.4 us with one a multiprocessor, 36.8 with two;
 dA (64 x 64, 4 warps) 36.2 with one, 29.6 with two, 30.0 with four (`bench.kernels`)."""
+MIXED_PROGRAMS_PER_SM = {"shrink": 4, "one_pass": 2}
+"""Where fp32 adapters are cut in parts, a program waits for itself, and others fill the time: on an H200 shrink takes
+46 us for x [8192, 4096] in one split of K, 33 in four, and one_pass at 16 x 4096 x 4096 takes 49 in two, 38 in four."""
 STEPS_OF_A_SECOND = 4
-"""Rows of tiles that each split has at least where a multiprocessor gets a second one."""
+"""Steps that each split has at least where a multiprocessor gets a second one."""
+WAITS_FOR_WAVES = ("gemm_expand_tma", "persistent")
 NARROW = 128
 NARROW_MARGIN = 1.05
 """How much slower an element of a 128 x 128 tile is than one of 128 x 256. Persistent on an H200, forward 8192 x 4096 x
@@ -101,7 +105,6 @@ class Problem:
 
 
 LIBRARY = Way("torch", "library")
-UNPROVEN: tuple[Strategy, ...] = ()
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 BACKWARD_OF: Mapping[Strategy, Strategy] = {"one_pass": "fused", "shrink_fused": "fused"}
 """The backward that goes with a forward where nothing else is said; the others have their own name's."""
@@ -255,12 +258,14 @@ def kernel_choices(problem: Problem) -> Plan:
             if tile is not None and table.get(kernel) != tile:
                 table[name] = tile
     one_pass_splits = 1
+    per_sm = MIXED_PROGRAMS_PER_SM if (family, width) == ("hopper", "mixed") else {}
     if "one_pass" in table:
         one_pass = table["one_pass"]
         one_pass_splits = _splits(
             problem,
             _tiles(m, one_pass.block_m) * _tiles(problem.N, one_pass.block_n),
             problem.K // (ONE_PASS_STEPS * one_pass.block_k),
+            per_sm.get("one_pass", 1),
         )
     precision = "ieee"  # the only choice on AMD, whose matrix units multiply fp32
     if family != "cdna3" and width == "mixed":
@@ -282,8 +287,8 @@ def kernel_choices(problem: Problem) -> Plan:
         use_tma=problem.has_descriptors,
         use_pdl=problem.has_descriptors,  # sm_90 brought both
         one_pass_splits=one_pass_splits,
-        xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k)),
-        dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k)),
+        xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k), per_sm.get("shrink", 1)),
+        dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k), per_sm.get("shrink", 1)),
         d_lora_A_splits=_splits_of_gradient(problem, lora_a, _tiles(k, lora_a.block_k)),
         d_lora_B_splits=_splits_of_gradient(problem, lora_b, _tiles(n, lora_b.block_n)),
         dx_lora_A_splits=_splits_of_gradient(problem, dx_lora_a, _tiles(k, dx_lora_a.block_k)),
@@ -295,7 +300,7 @@ def _of_few_waves(problem: Problem, kernel: str, columns: int) -> Tile | None:
     """The tile for a product of so many columns; the narrow one where it leaves fewer multiprocessors without work."""
     find = partial(tiles.tile_of, problem.family, problem.width, kernel, rows=problem.M, rank=problem.R)
     wide, narrow = find(columns=columns), find(columns=min(columns, NARROW))
-    if wide is None or narrow is None or not wide.block_n:
+    if kernel not in WAITS_FOR_WAVES or wide is None or narrow is None:
         return wide
 
     def time(tile: Tile) -> int:
@@ -313,17 +318,19 @@ def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _splits(problem: Problem, programs: int, steps: int) -> int:
-    """How many ways to split a reduction of `steps` so that about one program sits on every multiprocessor."""
-    return max(1, min(problem.sm_count // max(programs, 1), steps, SPLITS_MAX))
+def _splits(problem: Problem, programs: int, steps: int, per_sm: int = 1) -> int:
+    """How many ways to split a reduction of `steps` so that about one program sits on every multiprocessor.
+
+    More than one, up to per_sm, only as long as each has steps enough to fill its pipeline.
+    """
+    one, several = (count * problem.sm_count // max(programs, 1) for count in (1, per_sm))
+    return max(1, min(max(min(one, steps), min(several, steps // STEPS_OF_A_SECOND)), SPLITS_MAX))
 
 
 def _splits_of_gradient(problem: Problem, tile: Tile, columns: int) -> int:
-    """The same for `WARPS_PER_SM` warps, as long as each program has steps enough to fill its pipeline."""
+    """The same over rows, for `WARPS_PER_SM` warps."""
     programs, steps = columns * _tiles(problem.R, tile.block_r), _tiles(problem.M, tile.block_m)
-    resident = max(1, WARPS_PER_SM // tile.num_warps)
-    more = min(resident * problem.sm_count // programs, steps // STEPS_OF_A_SECOND, SPLITS_MAX)
-    return max(_splits(problem, programs, steps), more)
+    return _splits(problem, programs, steps, max(1, WARPS_PER_SM // tile.num_warps))
 
 
 def _cheapest(

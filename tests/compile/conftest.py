@@ -6,8 +6,9 @@ directory is written to; its workers share it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     BOOK.all = config.getoption("--all-figures", False)
+    BOOK.anew = BOOK.all and config.getoption("--write-figures", False)
+    BOOK.whole = is_whole(config.option, config.args, config.invocation_params.dir)
+
+
+def is_whole(option: Any, arguments: Sequence[str], start: Path) -> bool:
+    """Whether a command line, begun in this folder, leaves out none of these tests."""
+    chosen = (option.keyword, option.markexpr, option.collectonly, option.deselect, getattr(option, "lf", False))
+    folders = [Path(start, argument).resolve() for argument in arguments]
+    return not any(chosen) and any(folder in (_FOLDER, *_FOLDER.parents) for folder in folders)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,7 +2,7 @@
 
 A figure is the assembler's and the same on every machine, for as long as the kernel's source, what it is compiled for
 and Triton are the same. So each is kept under a hash of all of these: a changed kernel is compiled and judged in every
-run, until `make figures` has written the file anew. `make test-compile-all` believes none of it.
+run, until `make figures` has written it to the file. `make test-compile-all` believes none of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import types
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,20 +40,24 @@ def _collect(fn: Any, sources: dict[str, str]) -> None:
     name = f"{fn.fn.__module__}.{fn.fn.__qualname__}"
     if name in sources:
         return
-    sources[name] = fn.src
-    for read, value in _globals_of(fn):
-        if hasattr(value, "src") and hasattr(value, "fn"):
-            if value.fn.__module__.partition(".")[0] != "triton":
-                _collect(value, sources)
+    # A kernel's source is without its decorator.
+    sources[name] = f"{type(fn).__name__}, noinline={getattr(fn, 'noinline', None)}\n{fn.src}"
+    for read, value in _names_of(fn):
+        if hasattr(value, "src") and hasattr(value, "fn") and value.fn.__module__.partition(".")[0] != "triton":
+            # Which function the name stands for; its text has a place of its own.
+            sources[f"{name}: {read}"] = f"{value.fn.__module__}.{value.fn.__qualname__}"
+            _collect(value, sources)
         elif isinstance(value, (tl.constexpr, bool, int, float, str, tuple)):
             sources[f"{name}: {read}"] = repr(getattr(value, "value", value))
         elif inspect.isclass(value) and value.__module__.partition(".")[0] in OURS:
             sources[f"{name}: {read}"] = inspect.getsource(value)
+        elif (python := getattr(value, "fn", value)) is not None and hasattr(python, "__qualname__"):
+            sources[f"{name}: {read}"] = f"{python.__module__}.{python.__qualname__}"  # Triton's, under any name
 
 
-def _globals_of(fn: Any) -> Iterator[tuple[str, Any]]:
-    """Each global that the source names, attributes of modules included."""
-    names = fn.fn.__globals__
+def _names_of(fn: Any) -> Iterator[tuple[str, Any]]:
+    """Each global or variable of an enclosing function that the source names, attributes of modules included."""
+    names = ChainMap(dict(inspect.getclosurevars(fn.fn).nonlocals), fn.fn.__globals__)
     for node in ast.walk(ast.parse(fn.src)):
         if isinstance(node, ast.Name) and node.id in names:
             yield node.id, names[node.id]
@@ -82,12 +87,16 @@ class Book:
         all: compile whatever is known, and compare.
         asked: keys looked up.
         compiled: as `known`, what this run compiled.
+        whole: the run has every test, so that what nothing asks for is nobody's.
+        anew: what is compiled counts, whatever was known.
     """
 
     known: dict[str, tuple[str, list[int]]]
     all: bool = False
     asked: set[str] = field(default_factory=set)
     compiled: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    whole: bool = True
+    anew: bool = False
 
     @staticmethod
     def of(file: Path) -> Book:
@@ -104,7 +113,10 @@ class Book:
         """What was compiled. What was known of it must be the same."""
         self.compiled[key] = label, numbers
         known = self.known.get(key, (label, numbers))[1]
-        assert numbers == known, f"{label}: compiled {numbers}, {FILE.name} has {known}; `make figures` writes it anew"
+        assert self.anew or numbers == known, (
+            f"{label}: compiled {numbers}, {FILE.name} has {known} under {key}; "
+            "without that line, `make figures` writes what is compiled"
+        )
 
     def join(self, asked: Sequence[str], compiled: Mapping[str, Sequence[Any]]) -> None:
         """What a worker asked and compiled."""
@@ -113,8 +125,8 @@ class Book:
 
     @property
     def stale(self) -> list[str]:
-        """Labels of what nothing asked for."""
-        return sorted(self.known[key][0] for key in self.known.keys() - self.asked)
+        """Labels of what nothing asked for; none after a part of the tests."""
+        return sorted(self.known[key][0] for key in self.known.keys() - self.asked) if self.whole else []
 
     @property
     def missing(self) -> list[str]:
@@ -122,8 +134,8 @@ class Book:
         return sorted(self.compiled[key][0] for key in self.compiled.keys() - self.known.keys())
 
     def write(self, file: Path) -> None:
-        """What was asked for, a line each, in an order that keeps a kernel's lines together."""
-        rows = {key: row for key, row in (self.known | self.compiled).items() if key in self.asked}
+        """What was asked for, after a part of the tests also what was known; a line each, a kernel's together."""
+        rows = {key: row for key, row in (self.known | self.compiled).items() if key in self.asked or not self.whole}
         ordered = sorted(rows.items(), key=lambda item: (item[1][0], item[0]))
         lines = [f"{json.dumps(key)}: {json.dumps([label, *numbers])}" for key, (label, numbers) in ordered]
         file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

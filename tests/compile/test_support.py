@@ -1,12 +1,14 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import triton
 import triton.language as tl
 
+from tests.compile.conftest import is_whole
 from tests.compile.figures import Book, key_of
 from tests.compile.support import SHARED_LIMIT, TARGETS, Figures, compile_only, kept_figures
 
@@ -122,21 +124,33 @@ import triton
 import triton.language as tl
 
 {constant}
-@triton.jit
+rounded = {rounded}
+@triton.jit{options}
 def doubled(x):
     return x * {factor}
 
+def enclosing(ENCLOSED):
+    @triton.jit
+    def inner(x):
+        return x + ENCLOSED
+    return inner
+
+increased = enclosing({enclosed})
 {before}
 @triton.jit
 def scale_kernel(x_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    tl.store(x_ptr + offs, doubled(tl.load(x_ptr + offs)) + ADDED)
+    tl.store(x_ptr + offs, rounded(increased(doubled(tl.load(x_ptr + offs)))) + ADDED)
 """
+PLAIN = {
+    "factor": "2", "before": "", "constant": "ADDED = tl.constexpr(1)", "rounded": "tl.floor", "options": "",
+    "enclosed": "tl.constexpr(3)",
+}  # fmt: skip
 
 
-def kernel_of(folder: Path, *, factor: int = 2, before: str = "", constant: str = "ADDED = tl.constexpr(1)") -> Any:
+def kernel_of(folder: Path, **changed: object) -> Any:
     path = folder / f"kernels_{len(list(folder.iterdir()))}.py"
-    path.write_text(SOURCE.format(factor=factor, before=before, constant=constant))
+    path.write_text(SOURCE.format(**PLAIN | changed))
     spec = importlib.util.spec_from_file_location("tests_kernels", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -160,6 +174,9 @@ def test_whatever_changes_the_machine_code_changes_the_key(tmp_path: Path, monke
         key_of(kernel_of(tmp_path), CIRCUMSTANCES),
         key_of(kernel_of(tmp_path, factor=3), CIRCUMSTANCES),  # of a function that it calls
         key_of(kernel_of(tmp_path, constant="ADDED = tl.constexpr(2)"), CIRCUMSTANCES),  # of a global that it reads
+        key_of(kernel_of(tmp_path, rounded="tl.ceil"), CIRCUMSTANCES),  # of a function of Triton's, by another name
+        key_of(kernel_of(tmp_path, options="(noinline=True)"), CIRCUMSTANCES),  # of a decorator
+        key_of(kernel_of(tmp_path, enclosed="tl.constexpr(4)"), CIRCUMSTANCES),  # of a variable of what encloses it
         key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"signature": {"x_ptr": "*bf16"}}),
         key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"constexprs": {"BLOCK": 128}}),
         key_of(kernel_of(tmp_path), CIRCUMSTANCES | {"constexprs": {"BLOCK": 64.0}}),
@@ -168,7 +185,7 @@ def test_whatever_changes_the_machine_code_changes_the_key(tmp_path: Path, monke
     }
     monkeypatch.setattr(triton, "__version__", "0.0")
     keys.add(key_of(kernel_of(tmp_path), CIRCUMSTANCES))
-    assert len(keys) == 9
+    assert len(keys) == 12
 
 
 def kept(kernel: Any, book: Book) -> Figures:
@@ -206,6 +223,10 @@ def test_a_figure_that_is_not_the_assemblers_is_noticed_when_all_are_compiled(tm
     assert kept(kernel, believed).registers == registers + 1
     with pytest.raises(AssertionError, match=r"scale_kernel sm_90: compiled .* `make figures`"):
         kept(kernel, Book(Book.of(file).known, all=True))
+    anew = Book(Book.of(file).known, all=True, anew=True)
+    kept(kernel, anew)
+    anew.write(tmp_path / "mended.json")
+    assert kept(kernel, Book.of(tmp_path / "mended.json")).registers == registers
     with pytest.raises(AssertionError, match="scale_kernel sm_90"):  # and whenever its machine code is read
         _ = kept(kernel, believed).sass
 
@@ -227,3 +248,29 @@ def test_workers_findings_are_joined(tmp_path: Path) -> None:
     assert (book.stale, book.missing) == (["another"], ["a third"])
     book.write(tmp_path / "figures.json")
     assert Book.of(tmp_path / "figures.json").known == {"a": ("a kernel", [1]), "c": ("a third", [3])}
+
+
+def test_a_part_of_the_tests_takes_nothing_from_the_file(tmp_path: Path) -> None:
+    book = Book({"a": ("a kernel", [1]), "b": ("another", [2])}, whole=False)
+    book.join(["c"], {"c": ("a third", [3])})
+    assert book.stale == []
+    book.write(tmp_path / "figures.json")
+    assert sorted(Book.of(tmp_path / "figures.json").known) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen", "whole"),
+    [
+        (["tests/compile"], {}, True),
+        (["tests"], {}, True),
+        (["tests/unit", "tests/compile"], {}, True),
+        (["tests/compile/test_support.py"], {}, False),
+        (["tests/compile"], {"keyword": "shrink"}, False),
+        (["tests/compile"], {"markexpr": "slow"}, False),
+        (["tests/compile"], {"collectonly": True}, False),
+        (["tests/compile"], {"deselect": ["tests/compile/test_support.py"]}, False),
+    ],
+)
+def test_a_run_knows_whether_it_is_the_whole_folder(arguments, chosen, whole, pytestconfig) -> None:
+    plain = {"keyword": "", "markexpr": "", "collectonly": False, "deselect": None, "lf": False}
+    assert is_whole(SimpleNamespace(**plain | chosen), arguments, pytestconfig.rootpath) == whole

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import comparison, finetune, host, linear, llama_step, providers, report, suites, targets
+from bench import comparison, finetune, host, kernels, linear, llama_step, providers, report, suites, targets
 from bench.benchmark_json import write_benchmark_json
 from bench.peft_layers import PATCHED, STOCK
 from lora_kernels.benchmarking.cases import LinearCase
@@ -101,11 +101,22 @@ def test_fine_tuning_is_compared_step_by_step(template: Record, tmp_path: Path) 
     assert "| `patch_peft` | 8.0 | 0.800 (0.56–0.88) | 0.500000 | 2.5e-01 |" in text
 
 
+def test_of_a_kernel_the_fastest_tile_is_shown(template: Record, tmp_path: Path) -> None:
+    write_csv(rows(template, [SMALL], {FROZEN: 1.0, "auto": 1.1}), tmp_path / "linear.csv")
+    names = ("device", "driver", "torch", "triton", "commit", "date")
+    where = {name: getattr(template, name) for name in names}
+    found = [
+        kernels.KernelRow("shrink 8x4", name, "ok" if us else "failed", us, us, us, us, 1.5, 0.0, **where)
+        for name, us in (("library", 3.0), ("shrink a", 4.0), ("shrink b", 2.0), ("shrink c", None))
+    ]
+    write_csv(found, tmp_path / "kernels.csv")
+    text = report.page(tmp_path)
+    assert "| shrink 8x4 | 1.5 | `shrink b` 2.0 (2.0–2.0); `library` 3.0 (3.0–3.0) |" in text
+
+
 def test_what_a_gpu_alone_leaves_has_its_sections(template: Record, tmp_path: Path) -> None:
     write_csv(rows(template, [SMALL], {FROZEN: 1.0, "auto": 1.1}), tmp_path / "linear.csv")
-    assert "once they are tuned" not in report.page(tmp_path)
     assert "## A Llama-shaped training step" not in report.page(tmp_path)
-    write_csv(rows(template, [SMALL], {FROZEN: 2.0, "triton:persistent": 3.0}), tmp_path / "unproven.csv")
     names = ("device", "driver", "torch", "triton", "peft", "commit", "date")
     where = {name: getattr(template, name) for name in names}
     steps = [
@@ -118,7 +129,6 @@ def test_what_a_gpu_alone_leaves_has_its_sections(template: Record, tmp_path: Pa
     ]  # fmt: skip
     write_csv(steps, tmp_path / "llama_step.csv")
     text = report.page(tmp_path)
-    assert "3.000 (1.50x)" in text[text.index("once they are tuned") :]
     llama = text[text.index("## A Llama-shaped training step") :]
     assert "4 Llama layers (`--size 8b-layers`), 8192 tokens, adapters of rank 16" in llama
     assert "1 of 2 cases are slower patched" in llama

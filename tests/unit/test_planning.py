@@ -8,8 +8,8 @@ import torch
 from lora_kernels import UnsupportedError, explain_plan
 from lora_kernels.planning import Plan, Problem, make_plan
 from lora_kernels.planning.cost import Costs, _Side
-from lora_kernels.planning.measured import Timing, row_bucket
-from lora_kernels.planning.plan import DIRECTIONS, Way, ways_of
+from lora_kernels.planning.measured import row_bucket
+from lora_kernels.planning.plan import Way, ways_of
 from lora_kernels.planning.tiles import FAMILIES, MAX_RANK, WIDTHS, Tile, padded_rank, shipped_tiles, table_of
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -166,7 +166,7 @@ def test_dyb_costs_its_shares_or_another_read_of_dy(width, rank):
     tile = plan("triton", r=rank, width=width).tile("bwd_lora_b")
     shares = 8 * rank / (tile.block_n * asked.dtype.itemsize)
     of_a_read = min(shares, 1.0) if rank <= tile.block_r else 1.0
-    model, side = Costs(asked), _Side(asked, asked.N)
+    model, side = Costs(asked, {}), _Side(asked, asked.N)
     assert model._dyb() == pytest.approx(of_a_read * model._pass(asked.M, asked.N, 1))
     assert side.dyb() == pytest.approx(of_a_read * side.streams(1))
 
@@ -175,17 +175,12 @@ def test_auto_prefers_kernels_where_the_library_needs_passes_over_x():
     assert plan(m=1, n=8192).backend == "triton"
     assert plan(dropout=True).backend == "triton"
     assert plan(width="mixed").backend == "triton"
-    assert plan(n=4096, k=4096).backend == "torch"
+    assert plan(m=128, n=1024, k=4096).backend == "torch"  # too few tiles for 132 multiprocessors
 
 
-@pytest.mark.parametrize("m", [1, 64, 8192])
-def test_what_no_gpu_has_run_is_not_taken_unmeasured(m):
-    able = problem(m=m, n=4096, k=4096, gluon=True)
-    for backend in ("auto", "triton"):
-        told = make_plan(able, backend, triton_available=True)
-        assert "persistent" not in (told.strategy, told.backward_way.strategy)
-    table = {able.key(direction): {"triton/persistent": Timing(1.0)} for direction in DIRECTIONS}
-    told = make_plan(able, "auto", triton_available=True, measured=table)
+def test_the_persistent_kernel_serves_whole_16_bytes_without_a_mask_over_dx():
+    able = problem(n=4096, k=4096, gluon=True)
+    told = make_plan(able, "auto", triton_available=True)
     assert (told.strategy, told.backward) == ("persistent", Way("triton", "persistent"))
     for unable in (dataclasses.replace(able, gluon=False), dataclasses.replace(able, R=12)):
         assert Way("triton", "persistent") not in ways_of(unable, "forward", ("triton",))
@@ -219,11 +214,26 @@ def test_an_unknown_gpu_gets_its_vendors_smallest_tiles(arch, like, width):
     assert plan("triton", arch=arch, width=width).tiles == plan("triton", arch=like, width=width).tiles
 
 
+@pytest.mark.parametrize(("m", "n", "narrow"), [
+    (8192, 4096, False),  # 1024 tiles of 128 x 256
+    (8192, 1024, False),  # 256: two waves, the second nearly full
+    (512, 4096, True),  # 64, half of the GPU; of 128 x 128 twice as many
+    (1024, 1024, True),
+    (512, 14336, False),  # 224, a wave and two thirds; narrow ones need four of half the area
+])  # fmt: skip
+def test_the_tile_of_a_large_product_fills_the_gpu(m, n, narrow):
+    told = plan("triton", m=m, n=n, k=n)
+    for kernel in ("gemm_expand_tma", "persistent"):
+        assert (told.tile(kernel).block_n == 128) == narrow
+        assert told.tile(kernel) == told.tile(kernel, backward=True)
+
+
+@pytest.mark.parametrize("width", ["16", "mixed"])
 @pytest.mark.parametrize("sm_count", [1, 8, 132, 10_000])
 @pytest.mark.parametrize("m", [1, 100, 65536])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4096, 14336)])
-def test_splits(sm_count, m, n, k):
-    told = plan("triton", m=m, n=n, k=k, sm_count=sm_count)
+def test_splits(sm_count, m, n, k, width):
+    told = plan("triton", m=m, n=n, k=k, sm_count=sm_count, width=width)
     m = row_bucket(m)
     shrink, lora_a, lora_b = (told.tile(kernel) for kernel in ("shrink", "bwd_lora_a", "bwd_lora_b"))
     dx_lora_a = told.tile("bwd_dx_lora_a_dropout")
@@ -232,15 +242,16 @@ def test_splits(sm_count, m, n, k):
         (told.xa_splits, -(-m // shrink.block_m), -(-k // shrink.block_k)),
         (told.dyb_splits, -(-m // shrink.block_m), -(-n // shrink.block_k)),
     ):
-        assert splits == max(1, min(sm_count // programs, steps, 64))
-    # A gradient's, whose shares are added up in any case, for two programs on each multiprocessor, of four steps each.
-    for splits, programs, steps in (
-        (told.d_lora_A_splits, -(-k // lora_a.block_k), -(-m // lora_a.block_m)),
-        (told.dx_lora_A_splits, -(-k // dx_lora_a.block_k), -(-m // dx_lora_a.block_m)),
-        (told.d_lora_B_splits, -(-n // lora_b.block_n), -(-m // lora_b.block_m)),
+        once = max(1, min(sm_count // programs, steps, 64))
+        assert splits == (once if width == "16" else max(once, min(4 * sm_count // programs, steps // 4, 64)))
+    # A gradient's, whose shares are added up in any case, for eight warps on each multiprocessor, of four steps each.
+    for splits, programs, steps, tile in (
+        (told.d_lora_A_splits, -(-k // lora_a.block_k), -(-m // lora_a.block_m), lora_a),
+        (told.dx_lora_A_splits, -(-k // dx_lora_a.block_k), -(-m // dx_lora_a.block_m), dx_lora_a),
+        (told.d_lora_B_splits, -(-n // lora_b.block_n), -(-m // lora_b.block_m), lora_b),
     ):
         once = max(1, min(sm_count // programs, steps, 64))
-        assert splits == max(once, min(2 * sm_count // programs, steps // 4, 64))
+        assert splits == max(once, min(8 // tile.num_warps * sm_count // programs, steps // 4, 64))
 
 
 @pytest.mark.parametrize("rank", range(1, 513))

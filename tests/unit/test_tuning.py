@@ -183,13 +183,6 @@ def test_a_fault_that_passes_is_no_loss(monkeypatch):
     tuner._probe(CPU, "anything")
 
 
-@pytest.mark.parametrize("unproven", [True, False])
-def test_what_no_gpu_has_run_is_tuned_only_when_asked(clock, monkeypatch, unproven):
-    monkeypatch.setattr(tuner, "UNPROVEN", ("upcast",))
-    outcome = tuner.tune(tuner.questions([CASE])[0], CPU, budget_s=0.01, unproven=unproven)
-    assert ("torch/upcast" in outcome.timings) == unproven
-
-
 def test_the_budget_ends_it(clock, monkeypatch, capsys):
     import lora_kernels.cli.tune as command
 
