@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench import (
-    anatomy, choices, comparison, finetune, host, kernels, llama_step, peft_memory, peft_step, providers, targets,
-)  # fmt: skip
+    anatomy,
+    choices,
+    comparison,
+    finetune,
+    host,
+    kernels,
+    llama_step,
+    peft_memory,
+    peft_step,
+    providers,
+    targets,
+)
 from bench.comparison import Found, milliseconds, ours
 from bench.peft_layers import PATCHED, STOCK
 from lora_kernels.benchmarking.cases import LinearCase
@@ -155,7 +165,7 @@ def _strategies(title: str, path: Path) -> str:
 
 
 def _kernels(rows: Sequence[kernels.KernelRow]) -> str:
-    """Of each group of `bench.kernels` what the library takes and the fastest of each kernel; the rest is in the file."""
+    """Of each group of `bench.kernels` what the library takes and the fastest of each kernel."""
     if not rows:
         return ""
     groups: dict[tuple[str, str], list[kernels.KernelRow]] = {}
@@ -173,9 +183,9 @@ def _kernels(rows: Sequence[kernels.KernelRow]) -> str:
         cells = "; ".join(f"`{row.contender}` {row.us:.1f} ({row.us_p10:.1f}–{row.us_p90:.1f})" for row in best)
         lines.append([group, f"{found[0].floor_us:.1f}", cells, f"`{commit}`"])
     note = (
-        "Microseconds by `python -m bench.kernels`, L2 flushed before each call, the fastest tile of each kernel; every "
-        "other is in kernels.csv beside linear.csv. A tile is block_m x block_n x block_k, r the "
-        "block of the rank, w warps, s stages, g grouped rows, /n splits. Floor: an H100's copy and product."
+        "Microseconds by `python -m bench.kernels`, L2 flushed before each call, the fastest tile of each kernel; "
+        "every other is in kernels.csv beside linear.csv. A tile is block_m x block_n x block_k, r the block of the "
+        "rank, w warps, s stages, g grouped rows, /n splits. Floor: an H100's copy and product."
     )
     return _section("Kernels by themselves", ["problem", "floor", "µs (10th–90th percentile)", "commit"], lines, note)
 

@@ -11,7 +11,7 @@ from lora_kernels import DtypeError, LoRALinear, UnsupportedError, explain_plan,
 from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.ops import Needs, _low_rank_torch, problem_of
 from lora_kernels.planning import Plan, Way, make_plan
-from lora_kernels.planning.plan import Strategy, paired, ways_of
+from lora_kernels.planning.plan import paired, ways_of
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
 from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear
 from tests.linear_cases import (
@@ -55,8 +55,7 @@ def plan_for(inputs: LinearInputs, strategy: str) -> Plan:
         return with_library(problem, plan)
     if strategy == "persistent" and Way("triton", "persistent") not in ways_of(problem, "forward", ("triton",)):
         pytest.skip("the persistent kernel serves 16-bit problems whose rows are whole 16 bytes")
-    named: dict[str, Strategy] = {"one_pass": "one_pass", "persistent": "persistent"}
-    forced = paired(problem, plan, named.get(strategy, "shrink_fused"))
+    forced = paired(problem, plan, strategy if strategy in ("one_pass", "persistent") else "shrink_fused")
     return replace(forced, use_tma=strategy == "descriptors")
 
 
@@ -70,11 +69,8 @@ def run_under(plan: Plan, inputs: LinearInputs, needs: Needs = Needs(*[True] * 5
     needs = needs._replace(bias=needs.bias and i.bias is not None)
     y, xa = _linear_triton.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
     gradients = _linear_triton.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
-    named = {  # the bias's comes in the wider dtype it may have
-        f"d_{name}": g.to(getattr(i, name).dtype)
-        for name, g in zip(PARAMETERS, gradients, strict=True)
-        if g is not None
-    }
+    found = {name: g for name, g in zip(PARAMETERS, gradients, strict=True) if g is not None}
+    named = {f"d_{name}": g.to(getattr(i, name).dtype) for name, g in found.items()}  # the bias's may come wider
     return {"y": y, **named}
 
 
