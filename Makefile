@@ -64,7 +64,7 @@ test-interpret: $(READY) ## every kernel through Triton's interpreter
 test-compile: $(READY) ## every shipped kernel configuration for every target; compiled where its figures are not known
 	$(BIN)/python -m tests.parts compile --workers $(WORKERS)
 
-test-compile-all: $(READY) ## compile all of them and hold the known figures against it (8 minutes)
+test-compile-all: $(READY) ## compile all of them and hold the known figures against it (15 minutes)
 	$(BIN)/python -m tests.parts compile --workers $(WORKERS) -- --all-figures
 
 figures: $(READY) ## write tests/compile/figures.json: compiles what it lacks, drops what nothing asks for
