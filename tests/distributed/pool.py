@@ -163,6 +163,8 @@ def _answer(rank: int, job: bytes) -> tuple[bool, Any]:
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )
+    # A function that returns at once would close this rank's connections while a slower one still makes its own.
+    distributed.barrier()
     try:
         try:
             torch.manual_seed(0)
