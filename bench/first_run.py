@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -51,8 +52,8 @@ def _tests(*arguments: str, workers: int = 14) -> tuple[str, ...]:
     """pytest, in as many workers as the machine has cores for."""
     processes = min(workers, max(1, (os.cpu_count() or 1) - 2))
     return (
-        "-m", "pytest", "-q", "-W", "default", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider",
-        "-n", str(processes), *arguments,
+        "-m", "pytest", "-v", "-W", "default", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider",
+        *(("-n", str(processes)) if importlib.util.find_spec("xdist") else ()), *arguments,
     )  # fmt: skip
 
 
@@ -228,12 +229,14 @@ def warm(device: str) -> int:
     cases = list(dict.fromkeys([*suites.suite("strategies"), *suites.suite("headline")]))
     workers = min(14, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
+    faults = 0
     with context.Pool(workers, maxtasksperchild=8) as pool:
         for line in pool.imap_unordered(partial(_warm, device), cases):
             if line:
+                faults += 1
                 print(line, flush=True)
     print(f"{len(cases)} cases in {workers} processes")
-    return 0
+    return int(faults > 0)
 
 
 def _warm(device: str, case: LinearCase) -> str:
@@ -291,7 +294,7 @@ def repeat(device: str) -> int:
     cases = select(suites.suite("strategies"), "llama3-8b.q forward+backward M=8192")
     for case in cases:
         inputs = CaseInputs.of(case, where)
-        for strategy in ("shrink_fused", "library", "one_pass"):
+        for strategy in ("persistent", "shrink_fused", "library"):
             provider = strategy_provider("triton", strategy)  # type: ignore[arg-type]
             if provider.why_not(case, where) is not None:
                 continue

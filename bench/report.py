@@ -185,7 +185,8 @@ def _kernels(rows: Sequence[kernels.KernelRow]) -> str:
     note = (
         "Microseconds by `python -m bench.kernels`, L2 flushed before each call, the fastest tile of each kernel; "
         "every other is in kernels.csv beside linear.csv. A tile is block_m x block_n x block_k, r the block of the "
-        "rank, w warps, s stages, g grouped rows, /n splits. Floor: an H100's copy and product."
+        "rank, w warps, s stages, g grouped rows, /n splits. Floor: an H100's copy and product, whatever the card. The "
+        "library's products know neither a mask nor, beside fp32 adapters, more than their bf16."
     )
     return _section("Kernels by themselves", ["problem", "floor", "µs (10th–90th percentile)", "commit"], lines, note)
 

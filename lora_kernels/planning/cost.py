@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 LIBRARY_GEMM, COPY = 0.80, 0.88
-"""Share of the data sheet that library GEMMs and copies reach. Assumed, too."""
+"""Share of the data sheet that library GEMMs and copies reach: an H200 gave 0.81 and 0.89; elsewhere assumed."""
 FUSED_GEMM = {"persistent": 1.0, "descriptors": 0.98, "pointers": 0.85}
 """Rate of our GEMMs over the library's, the expand of a small rank included and the last wave counted apart. On an H200
 8192 x 4096 x 4096 takes the library 347 us, the persistent kernel 354, descriptors 364, with 8 waves for 7.8; pointers

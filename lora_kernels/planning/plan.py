@@ -34,12 +34,13 @@ WARPS_PER_SM = 8
 """Of a gradient's kernel, whose shares are added up whatever their number: two programs of four warps, or one of eight.
 On an H200, dB and dyb from dy [8192, 4096] (64 x 256, 8 warps) take 34.4 us with one a multiprocessor, 36.8 with two;
 dA (64 x 64, 4 warps) 36.2 with one, 29.6 with two, 30.0 with four (`bench.kernels`)."""
-MIXED_PROGRAMS_PER_SM = {"shrink": 4, "one_pass": 2}
+MIXED_PROGRAMS_PER_SM = {"shrink": 4, "one_pass": 2, "bwd_lora_b": 4}
 """Where fp32 adapters are cut in parts, a program waits for itself, and others fill the time: on an H200 shrink takes
-46 us for x [8192, 4096] in one split of K, 33 in four, and one_pass at 16 x 4096 x 4096 takes 49 in two, 38 in four."""
+46 us for x [8192, 4096] in one split of K, 33 in four; one_pass at 16 x 4096 x 4096 49 in two, 38 in four; bwd_lora_b
+(64 x 64) 60 in four splits of dy's rows, 54 in eight."""
 STEPS_OF_A_SECOND = 4
-"""Steps that each split has at least where a multiprocessor gets a second one."""
-WAITS_FOR_WAVES = ("gemm_expand_tma", "persistent")
+"""Steps that each split has at least where a multiprocessor gets more than one."""
+CHOSEN_BY_WAVES = ("gemm_expand_tma", "persistent")
 NARROW = 128
 NARROW_MARGIN = 1.05
 """How much slower an element of a 128 x 128 tile is than one of 128 x 256. Persistent on an H200, forward 8192 x 4096 x
@@ -258,14 +259,16 @@ def kernel_choices(problem: Problem) -> Plan:
             if tile is not None and table.get(kernel) != tile:
                 table[name] = tile
     one_pass_splits = 1
-    per_sm = MIXED_PROGRAMS_PER_SM if (family, width) == ("hopper", "mixed") else {}
+    in_parts = width == "mixed" and problem.dtype == torch.bfloat16
+    per_sm = MIXED_PROGRAMS_PER_SM if in_parts and family == "hopper" else {}
     if "one_pass" in table:
         one_pass = table["one_pass"]
         one_pass_splits = _splits(
             problem,
             _tiles(m, one_pass.block_m) * _tiles(problem.N, one_pass.block_n),
-            problem.K // (ONE_PASS_STEPS * one_pass.block_k),
+            problem.K // one_pass.block_k,
             per_sm.get("one_pass", 1),
+            each=ONE_PASS_STEPS,
         )
     precision = "ieee"  # the only choice on AMD, whose matrix units multiply fp32
     if family != "cdna3" and width == "mixed":
@@ -290,7 +293,7 @@ def kernel_choices(problem: Problem) -> Plan:
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k), per_sm.get("shrink", 1)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k), per_sm.get("shrink", 1)),
         d_lora_A_splits=_splits_of_gradient(problem, lora_a, _tiles(k, lora_a.block_k)),
-        d_lora_B_splits=_splits_of_gradient(problem, lora_b, _tiles(n, lora_b.block_n)),
+        d_lora_B_splits=_splits_of_gradient(problem, lora_b, _tiles(n, lora_b.block_n), per_sm.get("bwd_lora_b", 1)),
         dx_lora_A_splits=_splits_of_gradient(problem, dx_lora_a, _tiles(k, dx_lora_a.block_k)),
         tiles=tuple(table.items()),
     )
@@ -300,16 +303,16 @@ def _of_few_waves(problem: Problem, kernel: str, columns: int) -> Tile | None:
     """The tile for a product of so many columns; the narrow one where it leaves fewer multiprocessors without work."""
     find = partial(tiles.tile_of, problem.family, problem.width, kernel, rows=problem.M, rank=problem.R)
     wide, narrow = find(columns=columns), find(columns=min(columns, NARROW))
-    if kernel not in WAITS_FOR_WAVES or wide is None or narrow is None:
+    if kernel not in CHOSEN_BY_WAVES or wide is None or narrow is None:
         return wide
 
     def time(tile: Tile) -> int:
-        return waves(problem, tile, columns) * tile.block_m * tile.block_n
+        return _waves(problem, tile, columns) * tile.block_m * tile.block_n
 
     return narrow if NARROW_MARGIN * time(narrow) < time(wide) else wide
 
 
-def waves(problem: Problem, tile: Tile, columns: int) -> int:
+def _waves(problem: Problem, tile: Tile, columns: int) -> int:
     """How often every multiprocessor gets a tile of an [M, columns] product, the last time perhaps not all of them."""
     return _tiles(_tiles(problem.M, tile.block_m) * _tiles(columns, tile.block_n), problem.sm_count)
 
@@ -318,19 +321,20 @@ def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _splits(problem: Problem, programs: int, steps: int, per_sm: int = 1) -> int:
-    """How many ways to split a reduction of `steps` so that about one program sits on every multiprocessor.
+def _splits(problem: Problem, programs: int, steps: int, per_sm: int = 1, *, each: int = 1) -> int:
+    """How many ways to split a reduction of `steps`, of `each` at least, so that every multiprocessor has a program.
 
     More than one, up to per_sm, only as long as each has steps enough to fill its pipeline.
     """
     one, several = (count * problem.sm_count // max(programs, 1) for count in (1, per_sm))
-    return max(1, min(max(min(one, steps), min(several, steps // STEPS_OF_A_SECOND)), SPLITS_MAX))
+    most = max(min(one, steps // each), min(several, steps // max(each, STEPS_OF_A_SECOND)))
+    return max(1, min(most, SPLITS_MAX))
 
 
-def _splits_of_gradient(problem: Problem, tile: Tile, columns: int) -> int:
-    """The same over rows, for `WARPS_PER_SM` warps."""
+def _splits_of_gradient(problem: Problem, tile: Tile, columns: int, per_sm: int = 1) -> int:
+    """The same over rows, for `WARPS_PER_SM` warps at least."""
     programs, steps = columns * _tiles(problem.R, tile.block_r), _tiles(problem.M, tile.block_m)
-    return _splits(problem, programs, steps, max(1, WARPS_PER_SM // tile.num_warps))
+    return _splits(problem, programs, steps, max(per_sm, WARPS_PER_SM // tile.num_warps))
 
 
 def _cheapest(

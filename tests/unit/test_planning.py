@@ -245,13 +245,13 @@ def test_splits(sm_count, m, n, k, width):
         once = max(1, min(sm_count // programs, steps, 64))
         assert splits == (once if width == "16" else max(once, min(4 * sm_count // programs, steps // 4, 64)))
     # A gradient's, whose shares are added up in any case, for eight warps on each multiprocessor, of four steps each.
-    for splits, programs, steps, tile in (
-        (told.d_lora_A_splits, -(-k // lora_a.block_k), -(-m // lora_a.block_m), lora_a),
-        (told.dx_lora_A_splits, -(-k // dx_lora_a.block_k), -(-m // dx_lora_a.block_m), dx_lora_a),
-        (told.d_lora_B_splits, -(-n // lora_b.block_n), -(-m // lora_b.block_m), lora_b),
+    for splits, programs, steps, resident in (
+        (told.d_lora_A_splits, -(-k // lora_a.block_k), -(-m // lora_a.block_m), 8 // lora_a.num_warps),
+        (told.dx_lora_A_splits, -(-k // dx_lora_a.block_k), -(-m // dx_lora_a.block_m), 8 // dx_lora_a.num_warps),
+        (told.d_lora_B_splits, -(-n // lora_b.block_n), -(-m // lora_b.block_m), 1 if width == "16" else 4),
     ):
         once = max(1, min(sm_count // programs, steps, 64))
-        assert splits == max(once, min(8 // tile.num_warps * sm_count // programs, steps // 4, 64))
+        assert splits == max(once, min(resident * sm_count // programs, steps // 4, 64))
 
 
 @pytest.mark.parametrize("rank", range(1, 513))
