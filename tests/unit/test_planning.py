@@ -149,6 +149,14 @@ def test_one_pass_splits_fill_the_gpu(m, n, k, splits):
     assert plan("triton", m=m, n=n, k=k, r=512).one_pass_splits == 1  # no tile holds that rank
 
 
+def test_one_pass_is_split_twice_as_often_where_adapters_are_cut_in_parts():
+    for k, splits in ((4096, 4), (2048, 4), (512, 2), (256, 1)):  # of 64 x 4 elements of K at least
+        told = plan("triton", m=16, n=4096, k=k, width="mixed")
+        assert (told.strategy, told.one_pass_splits) == ("one_pass", splits)
+    fp16 = dataclasses.replace(problem(m=16, n=4096, k=4096, width="mixed"), dtype=torch.float16)
+    assert make_plan(fp16, "triton", triton_available=True).one_pass_splits == 2
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_dy_is_read_once_only_where_its_shares_are_smaller(width):
     for r in range(1, 513):
