@@ -28,7 +28,7 @@ unexport TRITON_INTERPRET
 .NOTPARALLEL:
 .PHONY: help setup test test-unit test-processors test-distributed test-interpret test-compile test-compile-all test-matrix \
     test-cpus test-minimum figures conformance lint format bench docs \
-    gpu gpu-check gpu-test gpu-bench gpu-llama gpu-sanitize pages clean distclean
+    gpu pages clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -107,53 +107,12 @@ bench: $(READY) ## check, compare with the peers, fine-tune a real model; tables
 docs: $(READY) ## run every example in README, docs and docstrings; follow every link
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/interop/test_tutorials.py
 
-# With the python3 that is there, nothing installed. What is printed also goes to $(OUT). Several targets, because a lent
-# GPU may allow ten minutes a command; `make gpu` runs three and fails if one does. The tests use several processes
-# where pytest-xdist is at hand, since most of their time is compilation. -W default: the versions there are not the
-# pinned ones, and a deprecation in them is no fault of a kernel.
-gpu gpu-check gpu-test gpu-bench gpu-llama gpu-sanitize: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-
-gpu: ## gpu-check, gpu-test and gpu-bench, whatever fails
-	@failed=; for part in gpu-check gpu-test gpu-bench; do \
-	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
-	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
-
-# $(call logged,FILE,COMMAND): COMMAND's output on the screen and in $(OUT)/FILE, with COMMAND's exit status.
-logged = { $(2) 2>&1; echo $$? > "$(OUT)/.status"; } | tee "$(OUT)/$(1)"; read status < "$(OUT)/.status"; \
-	rm "$(OUT)/.status"; exit $$status
-
-# The device by name: without a GPU, `check` alone would check the CPU and be content.
-gpu-check: ## every backend on this GPU against fp64; fails without a GPU
-	@mkdir -p "$(OUT)"
-	$(PYTHON) -m lora_kernels info --json > "$(OUT)/info.json"
-	@$(call logged,check.txt,$(PYTHON) -m lora_kernels check --device cuda)
-
-# Two threads a worker: the truth is computed in fp64 on the CPU, and eight times all cores would wait for each other.
-# Interrupted, not killed, where a limit of ten minutes is near: pytest then says what it has, of test_linear first.
-gpu-test: ## tests/gpu
-	@mkdir -p "$(OUT)"
-	@$(call logged,tests.txt,OMP_NUM_THREADS=2 timeout --signal=INT 560 $(PYTHON) -m pytest -W default --tb=short \
-	    --durations=15 $$($(PYTHON) -c 'import xdist' 2> /dev/null && printf %s '-n 8') \
-	    tests/gpu/test_linear.py tests/gpu)
-
-gpu-bench: ## check, ceilings, every strategy and peer on this GPU, in nine minutes
-	$(PYTHON) -m bench.gpu --out "$(OUT)/bench"
-
-gpu-llama: ## a Llama-shaped training step, stock PEFT and patched; needs peft and transformers, so `make gpu` leaves it out
-	@mkdir -p "$(OUT)"
-	@$(call logged,llama.txt,$(PYTHON) -m bench.llama_step --out "$(OUT)/bench")
-
-# Without PyTorch's pool of memory: inside it, a read past a tensor is a read of another one. What is found in a
-# library's kernel is the library's; the report names the kernel.
-gpu-sanitize: ## compute-sanitizer over small cases of every strategy and of lora_branch, in three minutes
-	@mkdir -p "$(OUT)"
-	@$(call logged,sanitize.txt,(failed=; for tool in memcheck racecheck; do \
-	    echo "== $$tool"; \
-	    PATH="$$PATH:/usr/local/cuda/bin" PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=5 85 \
-	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -W default --tb=short \
-	    -k 'bf16 and (37 or 150) and (strategy or backend) and not (persistent or over or mixed or torch or auto)' \
-	    tests/gpu/test_linear.py tests/gpu/test_branch.py || failed="$$failed $$tool"; \
-	done; test -z "$$failed" || { echo "failed or stopped:$$failed"; exit 1; }))
+# With the python3 that is there, nothing installed: right first, then timed. Two commands for two calls of a machine
+# that is lent by the minute; here one after the other. `python3 -m bench.first_run --later` is for another day.
+gpu: ## tests and benchmarks on the GPU that is there, in 13 minutes; what they find is in $(OUT)
+	@failed=; for call in 1 2; do \
+	    $(PYTHON) -m bench.first_run --call $$call --out "$(OUT)/call-$$call" || failed="$$failed $$call"; \
+	done; test -z "$$failed" || { echo "failed in call$$failed"; exit 1; }
 
 pages: $(READY) ## docs/benchmarks from the committed rows in bench/results
 	$(BIN)/python -m bench.report
@@ -162,5 +121,5 @@ clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find lora_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## and .venv, .venv-minimum
-	rm -rf .venv .venv-minimum
+distclean: clean ## and .venv, .venv-minimum, the oldest Triton of tests/compile
+	rm -rf .venv .venv-minimum .triton-*

@@ -185,9 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for host.csv (default: bench/results/local/<device>)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of all contenders (default: {ROUNDS})")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    rows = [row for p in (0.0, 0.1) for row in measure(device, dropout_p=p)]
+    rows = [row for p in (0.0, 0.1) for row in measure(device, rounds=arguments.rounds, dropout_p=p)]
     print("\n".join(lines(rows)))
     out = arguments.out or Path(__file__).parent / "results" / "local" / device_slug(device)
     write_csv(rows, out / "host.csv")

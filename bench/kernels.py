@@ -1,11 +1,10 @@
 """Each kernel alone, over tiles: microseconds, beside the library's product of the same operands and the floor.
 
-    python -m bench.kernels [--only WORDS] [--budget SECONDS] [--total SECONDS] [--out FOLDER] [--compile-only]
+    python -m bench.kernels [--only WORDS] [--budget SECONDS] [--total SECONDS] [--out FOLDER] [--list]
 
 What a plan composes is timed one kernel at a time here, so that a table of tiles and a model of costs can be set from
 it. Each group is one problem: contenders take turns, and what the library or a copy takes for the same operands, or the
-same bytes, runs among them. One result of each contender is held to fp32 before it is timed. `--compile-only` fills
-Triton's cache on a machine without a GPU, for sm_90.
+same bytes, runs among them. One result of each contender is held to fp32 before it is timed. `--list` needs no GPU.
 """
 
 from __future__ import annotations
@@ -413,26 +412,6 @@ def measure(group: Group, device: torch.device, *, budget_s: float) -> list[Kern
     return rows
 
 
-def compile_group(index: int) -> str:
-    """Compiles one group's kernels for sm_90 without a GPU, into Triton's cache."""
-    from triton.backends.compiler import GPUTarget
-
-    from bench.driver import Driver
-
-    group = groups()[index]
-    faults = []
-    with Driver(lambda *_: None, GPUTarget("cuda", 90, 32)).active():
-        calls, _ = group.build(torch.device("cpu"))
-        for name, call in calls.items():
-            if name.startswith(NOT_OURS):
-                continue
-            try:
-                call()
-            except Exception as error:  # said, and the next one is compiled
-                faults.append(f"{group.name}: {name}: {type(error).__name__}: {str(error)[:200]}")
-    return "\n".join([f"compiled: {group.name}", *faults])
-
-
 def warm(index: int) -> str:
     """Runs each contender of one group once, which compiles; nothing is compared."""
     device = torch.device("cuda")
@@ -455,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of timing per group (at least 6 rounds)")
     parser.add_argument("--total", type=float, default=300.0, help="no group is begun after so many seconds")
     parser.add_argument("--out", type=Path, help="folder for kernels.csv (default: bench/results/local/<device>)")
-    parser.add_argument("--compile-only", action="store_true", help="compile for sm_90, launch nothing")
+    parser.add_argument("--list", action="store_true", help="print what would run")
     arguments = parser.parse_args(argv)
     found = groups()
     wanted = [
@@ -464,12 +443,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.only or any(words in group.name for words in arguments.only.split(","))
     ]
     workers = min(14, os.cpu_count() or 1)
-    if arguments.compile_only:
-        for line in in_processes(compile_group, wanted, workers):
-            print(line, flush=True)
-        return 0
+    if arguments.list:
+        for index in wanted:
+            calls, _ = found[index].build(torch.device("cpu"))
+            print(f"{found[index].name}: {len(calls)} contenders")
+        return int(not wanted)
     if not torch.cuda.is_available():
-        print("bench.kernels needs a GPU that torch can use, and there is none here; --compile-only needs none")
+        print("bench.kernels needs a GPU that torch can use, and there is none here; --list needs none")
         return 3
     start = time.perf_counter()
     for _ in in_processes(warm, wanted, workers):

@@ -56,6 +56,7 @@ def run(
     contenders: Callable[[LinearCase, torch.device], Sequence[Provider]] = providers.lineup,
     ceilings: Ceilings | None = None,
     rows_only: bool = False,
+    in_graphs: bool = False,
 ) -> Run:
     """Measure, print the table while it grows, write the rows to `out` after each case, and plots at the end.
 
@@ -68,6 +69,7 @@ def run(
         contenders: who runs in a case.
         ceilings: measured before, or None to measure them now.
         rows_only: neither linear.json, whose rows are in linear.csv, nor plots, which can be drawn from it.
+        in_graphs: as `run_case` has it.
 
     Returns:
         All records; the caller decides what a fault in one means.
@@ -96,6 +98,7 @@ def run(
         found = run_case(
             case, contenders(case, device), device=device, environment=environment, budget_s=budget_s,
             ceilings=ceilings, keep=samples.__setitem__, limit_s=LIMIT_S if device.type == "cpu" else None,
+            in_graphs=in_graphs,
         )  # fmt: skip
         records += found
         write_csv(records, out / "linear.csv")
@@ -202,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for rows and plots (default: bench/results/local/<device>)")
     parser.add_argument("--ceilings", type=Path, help="run.json of this device, instead of measuring them again")
     parser.add_argument("--rows-only", action="store_true", help="linear.csv and run.json, and no pictures")
+    parser.add_argument(
+        "--in-graphs", action="store_true", help="on a GPU also as CUDA graphs: without the host's time"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     cases = chosen_cases(arguments.suite or suites.default_suite(device), arguments.only, device)
@@ -218,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = comparison.read_ceilings(arguments.ceilings) if arguments.ceilings and arguments.ceilings.exists() else None
     found = run(
         cases, device, out, budget_s=arguments.budget, total_s=arguments.total, contenders=contenders,
-        ceilings=known, rows_only=arguments.rows_only,
+        ceilings=known, rows_only=arguments.rows_only, in_graphs=arguments.in_graphs,
     )  # fmt: skip
     print("\n" + "\n".join(summary(found)))
     print(f"written: {out}")

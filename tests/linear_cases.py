@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_kernels.planning import Plan, Problem, Way
-from lora_kernels.planning.plan import ways_of
-from lora_kernels.testing import BranchInputs, LinearInputs, budget_rows, order_errors, run_branch, run_linear
+from lora_kernels.testing import (
+    BranchInputs,
+    LinearInputs,
+    budget_rows,
+    order_errors,
+    relative_error,
+    run_branch,
+    run_linear,
+)
 from tests.equality import assert_rounded_once
 
 Inputs = LinearInputs | BranchInputs
@@ -166,12 +172,21 @@ class Nothing(TorchDispatchMode):
         raise AssertionError(f"{func} ran before the arguments were refused")
 
 
-def with_library(problem: Problem, plan: Plan) -> Plan:
-    """The plan with the library's large GEMMs in every direction that they can serve."""
-    way = Way("triton", "library")
-    forward, backward = (way in ways_of(problem, direction, ("triton",)) for direction in ("forward", "backward"))
-    return replace(
-        plan,
-        strategy="library" if forward else "shrink_fused",
-        backward=way if backward else Way("triton", "fused"),
-    )
+# Where fp16 is short of exponents: what is stored of the rank, and what is made of it.
+STORED = {"xa": ("y", "d_lora_B"), "dyb": ("d_x", "d_lora_A")}
+SCALINGS = (1 / 64, 1.0, 32.0, 512.0)
+
+
+def far_from_one(inputs: Inputs, stored: str) -> Inputs:
+    """The problem with its stored product 2^8 times as large, 1e5 under the largest scaling, and small factors else."""
+    large, small, outer = ("lora_A", "lora_B", "dy") if stored == "xa" else ("lora_B", "lora_A", "x")
+    factors = {large: 2.0**8, small: 2.0**-8, outer: 2.0**-10}
+    return replace(inputs, **{name: getattr(inputs, name) * factor for name, factor in factors.items()})
+
+
+def assert_in_range(inputs: Inputs, stored: str, found: dict[str, Tensor]) -> None:
+    """What is made of the stored product has at most three roundings: its own, the result's, and one in between."""
+    truth = truth_of(inputs)
+    for name in STORED[stored]:
+        unit = max(torch.finfo(found[name].dtype).eps / 2, 2.0**-11)
+        assert relative_error(found[name], truth[name]) < 3 * unit, name

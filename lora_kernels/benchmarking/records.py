@@ -75,6 +75,8 @@ class Record:
     measured ceilings of this device allow (`roofline.floor_ms`), `roofline` is floor_ms / median_ms; `peak_bytes` is
     what one call allocated at most, `saved_bytes` what forward kept for backward beyond x and the parameters. `M_asked`
     is the suite's M, more than `M` where a contender is so slow that the case was given fewer rows (0: not recorded).
+    On a GPU `host_us` is what the host takes to issue one call, and `graph_cost` is `cost` with both as CUDA graphs,
+    where that was asked for: the difference is what the host costs the GPU.
     """
 
     name: str
@@ -109,6 +111,8 @@ class Record:
     peak_bytes: int | None
     floor_ms: float | None
     roofline: float | None
+    host_us: float | None
+    graph_cost: float | None
     device: str
     driver: str
     threads: int

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +46,7 @@ def run_case(
     ceilings: Ceilings | None = None,
     keep: Callable[[LinearCase, Samples], None] | None = None,
     limit_s: float | None = None,
+    in_graphs: bool = False,
 ) -> list[Record]:
     """Check every contender against fp64, then time those that passed, interleaved.
 
@@ -60,13 +64,15 @@ def run_case(
         keep: is handed the samples of every round.
         limit_s: seconds for checking and timing together: where they would not do, the case gets fewer rows, for all
             contenders alike (`shortened`). None: as many rows as asked for.
+        in_graphs: on a GPU, time every contender that can be captured as a CUDA graph, too, in half the budget again.
     """
     asked = case.M
     if limit_s is not None:
         case = shortened(case, len(providers), device=device, limit_s=limit_s)
     found = {provider.name: _Found(f"unavailable: {provider.why_not(case, device)}") for provider in providers}
     able = [provider for provider in providers if provider.why_not(case, device) is None]
-    samples = Samples({})
+    samples = graphs = Samples({})
+    host_us: dict[str, float] = {}
     try:
         inputs = CaseInputs.of(case, device)
     except Exception as error:  # whatever it is, the other cases are still to be run
@@ -86,6 +92,10 @@ def run_case(
             else:
                 found[provider.name] = dataclasses.replace(found[provider.name], peak=peak)
         samples, failed_later = _time(calls, device=device, rounds=rounds, budget_s=budget_s)
+        if device.type == "cuda" and not case.graph:
+            host_us = {name: _host_us(call, device) for name, call in calls.items() if name in samples.ms}
+            if in_graphs:
+                graphs = _in_graphs({name: calls[name] for name in host_us}, device, budget_s / 2)
         failures |= failed_later
         found |= {name: dataclasses.replace(found[name], status=status) for name, status in failures.items()}
         if keep is not None and samples.ms:
@@ -94,7 +104,10 @@ def run_case(
         provider.name: floor_ms(case, ceilings, has_lora=provider.has_lora) if ceilings else None
         for provider in providers
     }
-    return [_record(case, asked, name, of_one, samples, floors[name], environment) for name, of_one in found.items()]
+    return [
+        _record(case, asked, name, of_one, samples, graphs, host_us.get(name), floors[name], environment)
+        for name, of_one in found.items()
+    ]
 
 
 LIMIT_S = 10.0  # of a CPU suite's case altogether, beyond which it gets fewer rows; the slowest of a Xeon's takes six
@@ -216,12 +229,39 @@ def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], 
     return graph.replay
 
 
+HOST_CALLS = 5  # few enough for the launch queue never to be full
+
+
+def _host_us(call: Callable[[], object], device: torch.device) -> float:
+    """Microseconds until a call returns to the host, which does not wait for the GPU: the median of a few."""
+    torch.cuda.synchronize(device)
+    taken = []
+    for _ in range(HOST_CALLS):
+        start = time.perf_counter()
+        call()
+        taken.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize(device)
+    return statistics.median(taken)
+
+
+def _in_graphs(calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float) -> Samples:
+    """The calls as CUDA graphs, interleaved; without those that cannot be captured."""
+    captured: dict[str, Callable[[], object]] = {}
+    for name, call in calls.items():
+        with contextlib.suppress(Exception):  # of a peer's; its plain time stands
+            captured[name] = _captured(call, device)
+    samples, _ = _time(captured, device=device, rounds=None, budget_s=budget_s)
+    return samples
+
+
 def _record(
     case: LinearCase,
     asked: int,
     name: str,
     found: _Found,
     samples: Samples,
+    graphs: Samples,
+    host_us: float | None,
     floor: float | None,
     environment: Environment,
 ) -> Record:
@@ -251,6 +291,8 @@ def _record(
         saved_bytes=found.saved,
         peak_bytes=found.peak,
         floor_ms=floor,
+        host_us=host_us,
+        graph_cost=graphs.ratio(name, FROZEN).median if name in graphs.ms and FROZEN in graphs.ms else None,
         roofline=floor / spread.median if floor is not None and spread and spread.median > 0 else None,
         **dataclasses.asdict(environment),
     )

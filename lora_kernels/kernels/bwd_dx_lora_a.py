@@ -1,9 +1,10 @@
 """What the backward under dropout makes of the mask: the low-rank part of dx and the gradient of A, from one look.
 
-    dx0[m, k] = mask(m, k) sum_r dyb[m, r] A[r, k]        dA[r, k] = sum_m dyb[m, r] mask(m, k) x[m, k]
+    dx0[m, k] = gain mask(m, k) sum_r dyb[m, r] A[r, k]        dA[r, k] = gain sum_m dyb[m, r] mask(m, k) x[m, k]
 
 Evaluating the mask costs more than either product at small ranks, and both need it for the same tile of x. The caller
-adds the large GEMM onto dx0 (`dx0.addmm_(dy, W)`); scaling and 1 / (1 - p) are already inside dyb.
+adds the large GEMM onto dx0 (`dx0.addmm_(dy, W)`); scaling and 1 / (1 - p) are already inside dyb, but
+for gain, as in `gemm_expand`.
 
 Grid (column tiles of x, row splits, rank tiles). A program owns one column tile and a run of row tiles: it adds dA over
 its rows in registers and writes dx0 row tile by row tile. One rank tile: A's columns are loaded once. Several, at ranks
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import expand_dot, keep_tile, load_seed, low_rank_dot
+from lora_kernels.kernels.device import expand_dot, keep_tile, load_seed, low_rank_dot, with_gain
 from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
 from lora_kernels.kernels.reduce_partials import Reduction, reduce_partials
 from lora_kernels.planning.tiles import Tile
@@ -26,7 +27,7 @@ from lora_kernels.planning.tiles import Tile
 @triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def bwd_dx_lora_a_kernel(
     x_ptr, dyb_ptr, a_ptr, seed_ptr, dx_ptr, d_a_ptr,
-    M, K, R, rows_per_split, threshold,
+    M, K, R, rows_per_split, threshold, gain,
     stride_x_m, stride_x_k, stride_a_r, stride_a_k,
     HAS_OFFSET: tl.constexpr, NEEDS_D_A: tl.constexpr, ONE_RANK_TILE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -65,6 +66,7 @@ def bwd_dx_lora_a_kernel(
         mask_dx = mask_m[:, None] & mask_k[None, :]
         if ONE_RANK_TILE:
             dx = expand_dot(dyb, a, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), WIDE, PRECISION)
+            dx = with_gain(dx, gain, dyb_ptr.dtype.element_ty)
             tl.store(dx_ptrs, tl.where(keep, dx.to(dx_ptr.dtype.element_ty), 0.0), mask=mask_dx)
         elif (row - row_begin) // BLOCK_M % tl.num_programs(2) == pid_r:
             dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -79,6 +81,7 @@ def bwd_dx_lora_a_kernel(
                     other=0.0,
                 )
                 dx = expand_dot(s, e, dx, WIDE, PRECISION)
+            dx = with_gain(dx, gain, dyb_ptr.dtype.element_ty)
             tl.store(dx_ptrs, tl.where(keep, dx.to(dx_ptr.dtype.element_ty), 0.0), mask=mask_dx)
 
     if NEEDS_D_A:
@@ -93,6 +96,7 @@ def bwd_dx_lora_a(
     lora_A: Tensor,
     seed: Tensor,
     threshold: int,
+    gain: float = 1.0,
     dx_dtype: torch.dtype,
     splits: int,
     precision: str,
@@ -107,7 +111,7 @@ def bwd_dx_lora_a(
     launch(
         bwd_dx_lora_a_kernel, grid,
         x, dyb, lora_A, seed, dx, partials,
-        m, k, r, rows_per_split, threshold,
+        m, k, r, rows_per_split, threshold, gain,
         *((0, 0) if x is None else x.stride()), *lora_A.stride(),
         HAS_OFFSET=has_offset(seed), NEEDS_D_A=x is not None, ONE_RANK_TILE=r <= tile.block_r, PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
@@ -116,5 +120,5 @@ def bwd_dx_lora_a(
     if partials is None:
         return dx, None
     d_lora_A = torch.empty((r, k), dtype=dyb.dtype, device=dyb.device)
-    reduce_partials([Reduction(partials, d_lora_A)])
+    reduce_partials([Reduction(partials, d_lora_A, gain)])
     return dx, d_lora_A

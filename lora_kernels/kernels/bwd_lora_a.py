@@ -1,6 +1,6 @@
 """The gradient of A.
 
-    dA[r, k] = sum_m dyb[m, r] mask(m, k) x[m, k]
+    dA[r, k] = gain sum_m dyb[m, r] mask(m, k) x[m, k]
 
 Grid (column tiles of x, row splits, rank tiles). The product is taken as (mask * x)^T dyb, so that the long side fills
 the matrix unit's M and the rank its N. fp32 shares of each row split, added in fixed order by `reduce_partials`.
@@ -56,9 +56,17 @@ def bwd_lora_a_kernel(
 
 
 def bwd_lora_a(
-    *, x: Tensor, dyb: Tensor, seed: Tensor | None, threshold: int, splits: int, precision: str, tile: Tile
+    *,
+    x: Tensor,
+    dyb: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    gain: float = 1.0,
+    splits: int,
+    precision: str,
+    tile: Tile,
 ) -> Tensor:
-    """d_lora_A [R, K] in dyb's dtype, which is the adapters'."""
+    """d_lora_A [R, K] in dyb's dtype, which is the adapters'; gain is what an fp16 dyb leaves out (`ops._scale`)."""
     (m, k), r = x.shape, dyb.shape[1]
     rows_per_split, splits = split_in_blocks(m, splits, tile.block_m)
     partials = torch.empty((splits, r, k), dtype=torch.float32, device=x.device)
@@ -73,5 +81,5 @@ def bwd_lora_a(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     d_lora_A = torch.empty((r, k), dtype=dyb.dtype, device=x.device)
-    reduce_partials([Reduction(partials, d_lora_A)])
+    reduce_partials([Reduction(partials, d_lora_A, gain)])
     return d_lora_A

@@ -99,6 +99,7 @@ def bwd_lora_b(
     bias_dtype: torch.dtype | None,
     needs_dyb: bool,
     scale: float,
+    gain: float = 1.0,
     splits: int,
     precision: str,
     tile: Tile,
@@ -132,7 +133,7 @@ def bwd_lora_b(
 
     found = (
         reduction(dyb, scale, lora_B.dtype),
-        reduction(d_lora_B, 1.0, lora_B.dtype),
+        reduction(d_lora_B, gain, lora_B.dtype),
         reduction(d_bias, 1.0, bias_dtype),
     )
     reduce_partials([reduction for reduction in found if reduction is not None])

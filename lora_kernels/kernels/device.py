@@ -54,39 +54,62 @@ def kahan_add(acc, lost, term):
 
 
 @triton.jit
-def leading_bits(t):
-    """fp32 t cut to bf16's 8 bits of significand, toward zero; Inf and NaN stay."""
-    cut = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+def leading_bits(t, LOST: tl.constexpr, ROUNDED: tl.constexpr = False):
+    """fp32 t without the last LOST bits of its 24, cut toward zero, or ROUNDED where it is finite; Inf and NaN stay."""
+    bits = t.to(tl.int32, bitcast=True)
+    if ROUNDED:
+        bits += 1 << (LOST - 1)
+    cut = (bits & -(1 << LOST)).to(tl.float32, bitcast=True)
     return tl.where(t == t, cut, t)  # noqa: PLR0124 - NaN is what differs from itself
 
 
 @triton.jit
 def lesser_part(part, first):
     """part, or 2^-40 of the first where nothing is left: Inf meets no zero then, and Inf stays Inf."""
-    return tl.where(part == 0.0, first * 9.094947017729282e-13, part).to(tl.bfloat16)
+    return tl.where(part == 0.0, first * 9.094947017729282e-13, part)
 
 
 @triton.jit
 def low_rank_dot(lhs, rhs, acc, PRECISION: tl.constexpr):
     """acc + lhs rhs, where rhs may be fp32 beside a 16-bit lhs: fp32 adapters never pass through 16 bits.
 
-    Beside bf16, the fp32 operand is cut in three bf16 parts of one sign, whose sum it is: 3 x 8 bits are all of its
-    significand, every product is exact in fp32, and the large operand stays as it lies in memory. Each step is summed
-    by itself and then added: an H200's wgmma truncates its accumulator, and dA [16, 4096] from 8192 rows, chained
-    through all of them, erred by 7e-6. fp16 has no such parts; every 16-bit value is exact in tf32, so there lhs is
-    widened.
+    The fp32 operand is cut in parts of one sign, whose sum it is, so that every product is exact in fp32. Beside bf16
+    three parts of bf16: 3 x 8 bits are all of its significand, and the large operand stays as it lies in memory. Beside
+    fp16, which is exact in tf32, two of tf32: 11 bits, and the 13 that are left rounded to as many, 2^-22 of the value.
+    tf32x3 would cut lhs, too, whose second part is zero: a third product of nothing.
+
+    Each step is summed by itself and then added: an H200's wgmma truncates its accumulator, and dA [16, 4096] from 8192
+    rows, chained through all of them, erred by 7e-6.
     """
     if lhs.dtype == tl.bfloat16 and rhs.dtype == tl.float32:
-        first = leading_bits(rhs)
+        first = leading_bits(rhs, 16)
         rest = tl.where(tl.abs(rhs) < float("inf"), rhs - first, 0.0)
-        second = leading_bits(rest)
-        step = tl.dot(lhs, lesser_part(rest - second, first))
-        step = tl.dot(lhs, lesser_part(second, first), step)
+        second = leading_bits(rest, 16)
+        step = tl.dot(lhs, lesser_part(rest - second, first).to(tl.bfloat16))
+        step = tl.dot(lhs, lesser_part(second, first).to(tl.bfloat16), step)
         return acc + tl.dot(lhs, first.to(tl.bfloat16), step)
+    if lhs.dtype == tl.float16 and rhs.dtype == tl.float32 and PRECISION != "ieee":
+        wide = lhs.to(tl.float32)
+        first = leading_bits(rhs, 13)
+        rest = tl.where(tl.abs(rhs) < float("inf"), rhs - first, 0.0)
+        second = leading_bits(rest, 13, ROUNDED=True)  # the matrix unit would cut it, always to the same side
+        step = tl.dot(wide, lesser_part(second, first), input_precision="tf32")
+        return acc + tl.dot(wide, first, step, input_precision="tf32")
     if lhs.dtype != rhs.dtype:
         lhs = lhs.to(tl.float32)
         rhs = rhs.to(tl.float32)
     return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def masked_dot(lhs, rhs, acc, PRECISION: tl.constexpr):
+    """acc + lhs rhs for an lhs that was just masked, and so may be wgmma's operand in registers: done when it returns.
+
+    Triton 3.6 and 3.7 leave such products running into the next step, whose mask they then let write the registers that
+    are still being read (tests/compile/hazards.py). Here the sum of the step is an operand of the next instruction. As
+    a multiplication by one, since Triton makes a product onto acc of a plain sum.
+    """
+    return tl.fma(low_rank_dot(lhs, rhs, tl.zeros_like(acc), PRECISION), tl.full(acc.shape, 1.0, tl.float32), acc)
 
 
 @triton.jit
@@ -114,6 +137,21 @@ def expand_dot(s, e, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def without_gain(acc, gain, s_dtype: tl.constexpr):
+    """acc, onto which gain * (s e) is to be added by `with_gain(acc + s e)`: an fp16 s has a power of two taken out.
+
+    Scaling the accumulator is exact, and takes no second one.
+    """
+    return acc * tl.div_rn(1.0, gain) if s_dtype == tl.float16 else acc
+
+
+@triton.jit
+def with_gain(acc, gain, s_dtype: tl.constexpr):
+    """Puts the power of two back."""
+    return acc * gain if s_dtype == tl.float16 else acc
+
+
+@triton.jit
 def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     """(pid_m, pid_n) that walks GROUP_M rows of tiles per column, so that concurrent programs share operands in L2."""
     per_group = GROUP_M * num_n
@@ -124,14 +162,14 @@ def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def expand_into(
-    acc, s_ptr, e_ptr, seed, threshold,
+    acc, s_ptr, e_ptr, seed, threshold, gain,
     M, N, R, offs_m, offs_n, first_n,
     stride_s_m, stride_e_r, stride_e_n,
     HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] + mask * (s e), over the rank in steps of BLOCK_R; s [M, R] has unit stride along R."""
-    low_rank = tl.zeros_like(acc) if HAS_DROPOUT else acc
+    """acc [BLOCK_M, BLOCK_N] + gain mask * (s e), the rank in steps of BLOCK_R; s [M, R] has unit stride along R."""
+    low_rank = tl.zeros_like(acc) if HAS_DROPOUT else without_gain(acc, gain, s_ptr.dtype.element_ty)
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         # [BLOCK_M, BLOCK_R]
@@ -147,6 +185,7 @@ def expand_into(
             other=0.0,
         )
         low_rank = expand_dot(s, e, low_rank, WIDE, PRECISION)
+    low_rank = with_gain(low_rank, gain, s_ptr.dtype.element_ty)
     if HAS_DROPOUT:
         keep = keep_tile(seed, offs_m, first_n, threshold, BLOCK_N)
         return acc + tl.where(keep, low_rank, 0.0)

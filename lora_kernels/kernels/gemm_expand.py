@@ -1,6 +1,6 @@
 """A GEMM with the LoRA expand folded into its epilogue, from pointers: any strides, any tail, any GPU.
 
-    out = lhs rhs + bias + mask * (s e)
+    out = lhs rhs + bias + gain mask * (s e)
 
 Grid (tiles of out), grouped for L2. One kernel serves both directions:
 
@@ -8,7 +8,7 @@ Grid (tiles of out), grouped for L2. One kernel serves both directions:
     backward  dx = dy W + mask * (dyb A)       lhs = dy, rhs = W,   s = dyb, e = A
 
 The expand comes after the main loop, where its tiles reuse the pipeline's shared memory. Scaling and 1 / (1 - p) are
-already inside s.
+already inside s, but for the power of two, gain, that an fp16 s leaves out (`ops._scale`).
 """
 
 import torch
@@ -24,7 +24,7 @@ from lora_kernels.planning.tiles import Tile
 @triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def gemm_expand_kernel(
     lhs_ptr, rhs_ptr, s_ptr, e_ptr, bias_ptr, seed_ptr, out_ptr,
-    M, N, K, R, threshold,
+    M, N, K, R, threshold, gain,
     stride_lhs_m, stride_lhs_k, stride_rhs_k, stride_rhs_n, stride_s_m, stride_e_r, stride_e_n, stride_out_m,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
@@ -47,7 +47,7 @@ def gemm_expand_kernel(
 
     seed = load_seed(seed_ptr, HAS_OFFSET) if HAS_DROPOUT else 0
     acc = expand_into(
-        acc, s_ptr, e_ptr, seed, threshold,
+        acc, s_ptr, e_ptr, seed, threshold, gain,
         M, N, R, offs_m, offs_n, pid_n * BLOCK_N,
         stride_s_m, stride_e_r, stride_e_n,
         HAS_DROPOUT, s_ptr.dtype.element_ty != out_ptr.dtype.element_ty, PRECISION, BLOCK_N, BLOCK_R,
@@ -70,17 +70,18 @@ def gemm_expand(
     bias: Tensor | None,
     seed: Tensor | None,
     threshold: int,
+    gain: float = 1.0,
     precision: str,
     tile: Tile,
 ) -> Tensor:
-    """lhs [M, K] @ rhs [K, N] + bias [N] + mask * (s [M, R] @ e [R, N]) in lhs's dtype; bias has unit stride."""
+    """lhs [M, K] @ rhs [K, N] + bias [N] + gain mask * (s [M, R] @ e [R, N]) in lhs's dtype; bias has unit stride."""
     (m, k), n = lhs.shape, rhs.shape[1]
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
     grid = (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n),)
     launch(
         gemm_expand_kernel, grid,
         lhs, rhs, s, e, bias, seed, out,
-        m, n, k, s.shape[1], threshold,
+        m, n, k, s.shape[1], threshold, gain,
         *lhs.stride(), *rhs.stride(), s.stride(0), *e.stride(), n,
         HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None, HAS_OFFSET=has_offset(seed), PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, GROUP_M=tile.group_m,

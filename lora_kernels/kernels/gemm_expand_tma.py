@@ -38,7 +38,7 @@ ALIGNMENT_BYTES = 16
 @triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def gemm_expand_tma_kernel(
     lhs_desc, rhs_desc, out_desc, s_ptr, e_ptr, bias_ptr, seed_ptr,
-    M, N, K, R, threshold,
+    M, N, K, R, threshold, gain,
     stride_s_m, stride_e_r, stride_e_n,
     RHS_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr,
     USE_PDL: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +65,7 @@ def gemm_expand_tma_kernel(
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     seed = load_seed(seed_ptr, HAS_OFFSET) if HAS_DROPOUT else 0
     acc = expand_into(
-        acc, s_ptr, e_ptr, seed, threshold,
+        acc, s_ptr, e_ptr, seed, threshold, gain,
         M, N, R, offs_m, offs_n, first_n,
         stride_s_m, stride_e_r, stride_e_n,
         HAS_DROPOUT, s_ptr.dtype.element_ty != out_desc.dtype, PRECISION, BLOCK_N, BLOCK_R,
@@ -94,11 +94,12 @@ def gemm_expand_tma(
     bias: Tensor | None,
     seed: Tensor | None,
     threshold: int,
+    gain: float = 1.0,
     use_pdl: bool,
     precision: str,
     tile: Tile,
 ) -> Tensor:
-    """lhs [M, K] @ rhs + bias + mask * (s @ e); rhs is weight [K, N], or its transpose where weight is [N, K].
+    """lhs [M, K] @ rhs + bias + gain mask * (s @ e); rhs is weight [K, N], or its transpose where weight is [N, K].
 
     use_pdl: the launch right before this one, in the same stream, is the one that writes s.
     """
@@ -112,7 +113,7 @@ def gemm_expand_tma(
         TensorDescriptor.from_tensor(weight, weight_block),
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]),
         s, e, bias, seed,
-        m, n, k, s.shape[1], threshold,
+        m, n, k, s.shape[1], threshold, gain,
         s.stride(0), *e.stride(),
         RHS_IS_NK=transpose_weight, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
         HAS_OFFSET=has_offset(seed), USE_PDL=use_pdl, PRECISION=precision,

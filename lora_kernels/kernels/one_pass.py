@@ -1,6 +1,6 @@
 """Base and low-rank product in one pass: the forward that reads x and W once.
 
-    y = x W^T + b + xa B^T        xa = scale * (mask * x) A^T
+    y = x W^T + b + gain xa B^T        xa = scale * (mask * x) A^T
 
 Grid (tiles of y, splits of K), tiles grouped for L2. Each program accumulates its rows of x A^T beside its tile of
 x W^T in the same main loop. The low-rank product is repeated by every column of tiles, so this is the plan where the
@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import expand_dot, grouped_tile, kahan_add, keep_tile, load_seed, low_rank_dot
+from lora_kernels.kernels.device import (
+    expand_dot,
+    grouped_tile,
+    kahan_add,
+    keep_tile,
+    load_seed,
+    low_rank_dot,
+    masked_dot,
+    with_gain,
+    without_gain,
+)
 from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
 from lora_kernels.planning.tiles import Tile
 
@@ -25,7 +35,7 @@ from lora_kernels.planning.tiles import Tile
 @triton.jit
 def expand_and_store(
     acc, acc_xa, b_ptr, bias_ptr, y_ptr, xa_ptr,
-    M, N, R, scale, stores_xa, offs_m, offs_n, offs_r, stride_b_n, stride_b_r,
+    M, N, R, scale, gain, stores_xa, offs_m, offs_n, offs_r, stride_b_n, stride_b_r,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y from acc [BLOCK_M, BLOCK_N] and xa from acc_xa [BLOCK_M, BLOCK_R], whose columns past R are zero."""
@@ -41,7 +51,9 @@ def expand_and_store(
         mask=(offs_r[:, None] < R) & (offs_n[None, :] < N),
         other=0.0,
     )
+    acc = without_gain(acc, gain, xa_ptr.dtype.element_ty)
     acc = expand_dot(xa, b, acc, xa_ptr.dtype.element_ty != y_ptr.dtype.element_ty, PRECISION)
+    acc = with_gain(acc, gain, xa_ptr.dtype.element_ty)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -54,7 +66,7 @@ def expand_and_store(
 @triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
 def one_pass_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, seed_ptr, y_ptr, xa_ptr,
-    M, N, K, R, k_per_split, scale, threshold,
+    M, N, K, R, k_per_split, scale, gain, threshold,
     stride_x_m, stride_x_k, stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     IS_PARTIAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,7 +96,9 @@ def one_pass_kernel(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if HAS_DROPOUT:
             x = tl.where(keep_tile(seed, offs_m, k, threshold, BLOCK_K), x, 0.0)
-        acc_xa = low_rank_dot(x, a, acc_xa, PRECISION)
+            acc_xa = masked_dot(x, a, acc_xa, PRECISION)
+        else:
+            acc_xa = low_rank_dot(x, a, acc_xa, PRECISION)
         x_ptrs += tl.cast(stride_x_k, tl.int64) * BLOCK_K
         w_ptrs += tl.cast(stride_w_k, tl.int64) * BLOCK_K
         a_ptrs += tl.cast(stride_a_k, tl.int64) * BLOCK_K
@@ -101,7 +115,7 @@ def one_pass_kernel(
         acc_xa = tl.where(offs_r[None, :] < R, acc_xa, 0.0)
         expand_and_store(
             acc, acc_xa, b_ptr, bias_ptr, y_ptr, xa_ptr,
-            M, N, R, scale, pid_n == 0, offs_m, offs_n, offs_r, stride_b_n, stride_b_r,
+            M, N, R, scale, gain, pid_n == 0, offs_m, offs_n, offs_r, stride_b_n, stride_b_r,
             HAS_BIAS, PRECISION,
         )  # fmt: skip
 
@@ -122,7 +136,7 @@ def sum_shares(shares_ptr, stride_split, splits, offs, mask, UNROLL: tl.constexp
 @triton.jit(do_not_specialize=["M", "splits"])
 def one_pass_sum_kernel(
     y_shares_ptr, xa_shares_ptr, b_ptr, bias_ptr, y_ptr, xa_ptr,
-    M, N, R, splits, scale,
+    M, N, R, splits, scale, gain,
     stride_b_n, stride_b_r,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -139,7 +153,7 @@ def one_pass_sum_kernel(
     acc_xa = sum_shares(xa_shares_ptr, many * R, splits, rows * R + offs_r[None, :], mask_xa, 4 if BLOCK_R < 128 else 2)
     expand_and_store(
         acc, acc_xa, b_ptr, bias_ptr, y_ptr, xa_ptr,
-        M, N, R, scale, pid_n == 0, offs_m, offs_n, offs_r, stride_b_n, stride_b_r,
+        M, N, R, scale, gain, pid_n == 0, offs_m, offs_n, offs_r, stride_b_n, stride_b_r,
         HAS_BIAS, PRECISION,
     )  # fmt: skip
 
@@ -154,6 +168,7 @@ def one_pass(
     seed: Tensor | None,
     threshold: int,
     scale: float,
+    gain: float = 1.0,
     splits: int,
     precision: str,
     tile: Tile,
@@ -173,7 +188,7 @@ def one_pass(
     launch(
         one_pass_kernel, grid,
         x, weight, lora_A, lora_B, bias, seed, y_target, xa_target,
-        m, n, k, r, k_per_split, scale, threshold,
+        m, n, k, r, k_per_split, scale, gain, threshold,
         *x.stride(), *weight.stride(), *lora_A.stride(), *lora_B.stride(),
         IS_PARTIAL=splits > 1, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
         HAS_OFFSET=has_offset(seed), PRECISION=precision,
@@ -184,7 +199,7 @@ def one_pass(
         launch(
             one_pass_sum_kernel, (ceil_div(m, sum_tile.block_m), ceil_div(n, sum_tile.block_n)),
             y_target, xa_target, lora_B, bias, y, xa,
-            m, n, r, splits, scale,
+            m, n, r, splits, scale, gain,
             *lora_B.stride(),
             HAS_BIAS=bias is not None, PRECISION=precision,
             BLOCK_M=sum_tile.block_m, BLOCK_N=sum_tile.block_n, BLOCK_R=sum_tile.block_r,

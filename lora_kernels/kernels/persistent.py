@@ -1,6 +1,6 @@
 """The large GEMM with its expand on Hopper: persistent, warp-specialised, written in Gluon (sm_90a).
 
-    out = lhs rhs + bias + s e
+    out = lhs rhs + bias + gain s e
 
 Grid (one program for each multiprocessor); each walks every grid-th tile of out, in the grouped order of `gemm_expand`.
 Operands as in `gemm_expand_tma`, with s and e described, too. One warp loads and two warpgroups multiply:
@@ -10,8 +10,9 @@ Operands as in `gemm_expand_tma`, with s and e described, too. One warp loads an
 
 The expand is ceil(R / BLOCK_K) more steps over [s | e] after the ceil(K / BLOCK_K) over [lhs | rhs]: no register and no
 byte of shared memory for any rank. Columns past R arrive as zeros, and only the first BLOCK_R columns of the expand's
-steps are multiplied, which is all of BLOCK_K or at least R. Scaling is already inside s; there is no dropout. The same
-bits every time: each element is one chain of additions in the order of k.
+steps are multiplied, which is all of BLOCK_K or at least R. Scaling is already inside s, but for gain, as in
+`gemm_expand`: an fp16 product is drained and divided by it before the expand. There is no dropout. The same bits every
+time: each element is one chain of additions in the order of k.
 
 The protocol, argued in docs/design/persistent.md: `full[slot]` completes when the bytes of a step have landed,
 `empty[slot]` when both consumers have read them. Step i has slot i mod STAGES and waits for parity (i div STAGES) mod 2
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import grouped_tile
+from lora_kernels.kernels.device import grouped_tile, with_gain, without_gain
 from lora_kernels.kernels.gemm_expand_tma import ALIGNMENT_BYTES, tma_serves
 from lora_kernels.kernels.interpreter import is_interpreting
 from lora_kernels.kernels.launch import ceil_div, launch
@@ -168,7 +169,7 @@ def store_columns(t, out_desc, first_m, first_n, chunks, COLUMN: tl.constexpr, S
 
 @jit
 def consume(
-    out_desc, bias_ptr, lhs_ring, rhs_ring, chunks, full, empty, M, N, K, R,
+    out_desc, bias_ptr, lhs_ring, rhs_ring, chunks, full, empty, M, N, K, R, gain,
     HAS_BIAS: tl.constexpr, RHS_IS_NK: tl.constexpr, CONSUMER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
@@ -192,11 +193,15 @@ def consume(
         for i in range(steps_over(K, BLOCK_K)):
             step, acc = multiply_step(step, acc, i > 0, lhs_ring, rhs_ring, full, empty, FIRST_ROW, ROWS, BLOCK_K,
                                       STAGES, RHS_IS_NK)  # fmt: skip
+        if lhs_ring.dtype == gl.float16:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc = without_gain(acc, gain, lhs_ring.dtype)
         for _ in range(steps_over(R, BLOCK_K)):
             step, acc = multiply_step(step, acc, True, lhs_ring, rhs_ring, full, empty, FIRST_ROW, ROWS, BLOCK_R,
                                       STAGES, RHS_IS_NK)  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(slot_of(step - 1, STAGES)), count=1)
+        acc = with_gain(acc, gain, lhs_ring.dtype)
         if HAS_BIAS:
             acc += gl.convert_layout(bias, gl.SliceLayout(0, mma)).to(gl.float32)[None, :]
         store_columns(acc, out_desc, first_m, first_n, chunks, 0, SLOT)
@@ -206,7 +211,7 @@ def consume(
 @partial(jit, do_not_specialize=["M", "N", "K", "R"])  # one binary for every size
 def persistent_kernel(
     lhs_desc, rhs_desc, s_desc, e_desc, out_desc, bias_ptr,
-    M, N, K, R,
+    M, N, K, R, gain,
     HAS_BIAS: tl.constexpr, RHS_IS_NK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
@@ -231,10 +236,10 @@ def persistent_kernel(
     fence_async_shared()  # the accelerator signals barriers that ordinary stores have made
     gl.warp_specialize(
         [
-            (consume, (out_desc, bias_ptr, lhs_ring, rhs_ring, chunks, full, empty, M, N, K, R, HAS_BIAS, RHS_IS_NK, 0,
-                       BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, STAGES)),
-            (consume, (out_desc, bias_ptr, lhs_ring, rhs_ring, chunks, full, empty, M, N, K, R, HAS_BIAS, RHS_IS_NK, 1,
-                       BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, STAGES)),
+            (consume, (out_desc, bias_ptr, lhs_ring, rhs_ring, chunks, full, empty, M, N, K, R, gain, HAS_BIAS,
+                       RHS_IS_NK, 0, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, STAGES)),
+            (consume, (out_desc, bias_ptr, lhs_ring, rhs_ring, chunks, full, empty, M, N, K, R, gain, HAS_BIAS,
+                       RHS_IS_NK, 1, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, STAGES)),
             (produce, (lhs_desc, rhs_desc, s_desc, e_desc, lhs_ring, rhs_ring, full, empty, M, N, K, R, RHS_IS_NK,
                        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES)),
         ],
@@ -281,10 +286,11 @@ def persistent(
     s: Tensor,
     e: Tensor,
     bias: Tensor | None,
+    gain: float = 1.0,
     tile: Tile,
     sm_count: int,
 ) -> Tensor:
-    """lhs [M, K] @ rhs + bias [N] + s [M, R] @ e [R, N]; rhs is weight [K, N], or its transpose if that is [N, K]."""
+    """lhs [M, K] @ rhs + bias [N] + gain s [M, R] @ e [R, N]; rhs is weight [K, N], or its transpose where [N, K]."""
     (m, k), n = lhs.shape, weight.shape[0 if transpose_weight else 1]
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -299,7 +305,7 @@ def persistent(
         TensorDescriptor.from_tensor(e.T if transpose_weight else e, rhs_block, layout),
         TensorDescriptor.from_tensor(out, [tile.block_m // CONSUMERS.value, CHUNK.value], layout),
         bias,
-        m, n, k, s.shape[1],
+        m, n, k, s.shape[1], gain,
         HAS_BIAS=bias is not None, RHS_IS_NK=transpose_weight,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
         GROUP_M=tile.group_m, STAGES=tile.num_stages,

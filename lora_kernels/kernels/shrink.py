@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot
+from lora_kernels.kernels.device import keep_tile, load_seed, low_rank_dot, masked_dot
 from lora_kernels.kernels.launch import ceil_div, has_offset, launch, split_in_blocks
 from lora_kernels.kernels.reduce_partials import Reduction, reduce_partials
 from lora_kernels.planning.tiles import Tile
@@ -52,7 +52,9 @@ def shrink_kernel(
         a = tl.load(a_ptrs, mask=mask_k[:, None] & (offs_r[None, :] < R), other=0.0)  # [BLOCK_K, BLOCK_R]
         if HAS_DROPOUT:
             x = tl.where(keep_tile(seed, offs_m, k, threshold, BLOCK_K), x, 0.0)
-        acc = low_rank_dot(x, a, acc, PRECISION)
+            acc = masked_dot(x, a, acc, PRECISION)
+        else:
+            acc = low_rank_dot(x, a, acc, PRECISION)
         x_ptrs += tl.cast(stride_x_k, tl.int64) * BLOCK_K
         a_ptrs += tl.cast(stride_a_k, tl.int64) * BLOCK_K
 

@@ -17,12 +17,14 @@ from lora_kernels.ops._low_rank_torch import (
     blockwise_lora_a,
     compute_dtype,
     from_dy,
+    product,
     row_blocks,
+    scaled_mm,
     shrink,
 )
 from lora_kernels.ops._needs import BranchNeeds
+from lora_kernels.ops._scale import scale_of
 from lora_kernels.planning import BranchPlan
-from lora_kernels.reference.philox import dropout_scale
 
 
 def forward(
@@ -36,22 +38,22 @@ def forward(
     plan: BranchPlan,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N] in base_out's dtype, xa [M, R] in lora_A's with alpha inside) for x [M, K]."""
-    alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
+    scale = scale_of(seed, scaling, dropout_p, lora_A.dtype)
     upcast = plan.strategy == "upcast"
-    xa = shrink(x, lora_A, seed, dropout_p, alpha, upcast=upcast)
+    xa = shrink(x, lora_A, seed, dropout_p, scale.inside, upcast=upcast)
     if base_out.dtype == xa.dtype and not upcast:
-        return torch.addmm(base_out, xa, lora_B.T), xa
-    return _blockwise_expand(base_out, xa, lora_B.T), xa
+        return torch.addmm(base_out, xa, lora_B.T, alpha=scale.gain), xa
+    return _blockwise_expand(base_out, xa, lora_B.T, scale.gain), xa
 
 
-def _blockwise_expand(base_out: Tensor, s: Tensor, e: Tensor) -> Tensor:
+def _blockwise_expand(base_out: Tensor, s: Tensor, e: Tensor, gain: float) -> Tensor:
     compute = compute_dtype(base_out, s)
     wide_e = e.to(compute)
     y = torch.empty(base_out.shape, dtype=base_out.dtype, device=base_out.device)
     buffer = None if y.dtype == compute else block_buffer(y, dtype=compute)
     for rows in row_blocks(y):
         block = y[rows] if buffer is None else buffer[: rows.stop - rows.start]
-        block.copy_(base_out[rows]).addmm_(s[rows].to(compute), wide_e)
+        block.copy_(base_out[rows]).addmm_(s[rows].to(compute), wide_e, alpha=gain)
         if buffer is not None:
             y[rows] = block
     return y
@@ -71,19 +73,19 @@ def backward(
     plan: BranchPlan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, lora_A, lora_B; None where not needed. What a needed one reads is there."""
-    alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
+    scale = scale_of(seed, scaling, dropout_p, lora_A.dtype)
     upcast = plan.backward.strategy == "upcast"
     lora_x = x if needs.lora_A else None
     dyb, d_lora_B, _ = from_dy(
-        dy, lora_B if needs.x or needs.lora_A else None, xa if needs.lora_B else None, alpha, upcast=upcast
+        dy, lora_B if needs.x or needs.lora_A else None, xa if needs.lora_B else None, scale, upcast=upcast
     )
     if dyb is None:
         return None, None, d_lora_B
     dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=x_dtype, device=dy.device) if needs.x else None
     if upcast or lora_A.dtype != x_dtype or seed is not None:
-        d_lora_A = blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, dx)
+        d_lora_A = blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, scale.gain, dx)
     else:
-        d_lora_A = None if lora_x is None else torch.mm(dyb.T, lora_x)
+        d_lora_A = None if lora_x is None else product(dyb.T, lora_x, scale.gain)
         if dx is not None:
-            torch.mm(dyb, lora_A, out=dx)
+            scaled_mm(dyb, lora_A, scale.gain, dx)
     return dx, d_lora_A, d_lora_B

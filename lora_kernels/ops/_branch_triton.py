@@ -21,6 +21,7 @@ from lora_kernels.kernels.replay import replayed
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.ops._needs import BranchNeeds
+from lora_kernels.ops._scale import Scale
 from lora_kernels.planning import BranchPlan, Plan
 
 
@@ -40,7 +41,7 @@ def forward(
     plan: BranchPlan,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N] in base_out's dtype, xa [M, R] in lora_A's with alpha inside) for x [M, K], M >= 1."""
-    factors = threshold_and_scale(seed, scaling, dropout_p)
+    factors = threshold_and_scale(seed, scaling, dropout_p, lora_A)
     with launch_scope(x):
         return cast(tuple[Tensor, Tensor], replayed(_forward, (base_out, x, lora_A, lora_B, seed), factors, plan))
 
@@ -52,17 +53,17 @@ def _forward(
     lora_B: Tensor,
     seed: Tensor | None,
     threshold: int,
-    scale: float,
+    scale: Scale,
     plan: BranchPlan,
 ) -> tuple[Tensor, Tensor]:
     x_side, out_side = _sides(plan)
     xa = shrink(
-        x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale, splits=x_side.xa_splits,
+        x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale.inside, splits=x_side.xa_splits,
         precision=x_side.precision, tile=x_side.tile("shrink"),
     )  # fmt: skip
     y = expand(
-        base=base_out, s=xa, e=lora_B.T, out_dtype=base_out.dtype, precision=out_side.precision,
-        tile=out_side.tile("expand"),
+        base=base_out, s=xa, e=lora_B.T, out_dtype=base_out.dtype, gain=scale.gain,
+        precision=out_side.precision, tile=out_side.tile("expand"),
     )  # fmt: skip
     return y, xa
 
@@ -81,7 +82,7 @@ def backward(
     plan: BranchPlan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, lora_A, lora_B; None where not needed. What a needed one reads is there; M >= 1."""
-    factors = threshold_and_scale(seed, scaling, dropout_p)
+    factors = threshold_and_scale(seed, scaling, dropout_p, lora_A)
     with launch_scope(dy):
         return replayed(_backward, (dy, x, lora_A, lora_B, xa, seed), (*factors, x_dtype, needs), plan)
 
@@ -94,7 +95,7 @@ def _backward(
     xa: Tensor | None,
     seed: Tensor | None,
     threshold: int,
-    scale: float,
+    scale: Scale,
     x_dtype: torch.dtype,
     needs: BranchNeeds,
     plan: BranchPlan,
@@ -107,18 +108,20 @@ def _backward(
     if needs.x and seed is not None:
         assert dyb is not None
         dx, d_lora_A = bwd_dx_lora_a(
-            x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold, dx_dtype=x_dtype,
-            splits=x_side.dx_lora_A_splits, precision=x_side.precision, tile=x_side.tile("bwd_dx_lora_a_dropout"),
+            x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold, gain=scale.gain,
+            dx_dtype=x_dtype, splits=x_side.dx_lora_A_splits, precision=x_side.precision,
+            tile=x_side.tile("bwd_dx_lora_a_dropout"),
         )  # fmt: skip
     elif needs.lora_A:
         assert x is not None and dyb is not None
         d_lora_A = bwd_lora_a(
-            x=x, dyb=dyb, seed=seed, threshold=threshold, splits=x_side.d_lora_A_splits,
+            x=x, dyb=dyb, seed=seed, threshold=threshold, gain=scale.gain, splits=x_side.d_lora_A_splits,
             precision=x_side.precision, tile=x_side.tile("bwd_lora_a"),
         )  # fmt: skip
     if needs.x and dx is None:
         assert dyb is not None
         dx = expand(
-            base=None, s=dyb, e=lora_A, out_dtype=x_dtype, precision=x_side.precision, tile=x_side.tile("expand")
-        )
+            base=None, s=dyb, e=lora_A, out_dtype=x_dtype, gain=scale.gain, precision=x_side.precision,
+            tile=x_side.tile("expand"),
+        )  # fmt: skip
     return dx, d_lora_A, d_lora_B

@@ -18,13 +18,15 @@ from lora_kernels.ops._low_rank_torch import (
     block_buffer,
     blockwise_lora_a,
     from_dy,
+    product,
     row_blocks,
+    scaled_mm,
     shrink,
     wide,
 )
 from lora_kernels.ops._needs import Needs
+from lora_kernels.ops._scale import scale_of
 from lora_kernels.planning import Plan
-from lora_kernels.reference.philox import dropout_scale
 
 # fp32 copy of the weight that "upcast" holds at a time: 32 MiB.
 WEIGHT_BLOCK_ELEMENTS = 1 << 23
@@ -43,39 +45,41 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], xa [M, R]) for x [M, K]; xa in lora_A's dtype with alpha inside."""
     m, n = x.shape[0], weight.shape[0]
-    alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
-    xa = shrink(x, lora_A, seed, dropout_p, alpha, upcast=plan.strategy == "upcast")
-    s, expand, bias = _fold_bias(xa, lora_B, bias)
+    inside, gain = scale_of(seed, scaling, dropout_p, lora_A.dtype)
+    xa = shrink(x, lora_A, seed, dropout_p, inside, upcast=plan.strategy == "upcast")
+    s, expand, bias = _fold_bias(xa, lora_B, bias, gain)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if plan.strategy == "upcast":
-        _upcast_gemm(x, weight.T, y, s, expand.T)
+        _upcast_gemm(x, weight.T, y, s, expand.T, gain)
         return y, xa
     if xa.dtype != x.dtype:
         wide_bias = None if bias is None else bias.to(xa.dtype)
         for rows in row_blocks(y):
             y[rows] = torch.mm(s[rows], expand.T) if wide_bias is None else torch.addmm(wide_bias, s[rows], expand.T)
     elif bias is None:
-        torch.mm(s, expand.T, out=y)
+        scaled_mm(s, expand.T, gain, y)
     else:
-        torch.addmm(bias, s, expand.T, out=y)
+        torch.addmm(bias, s, expand.T, alpha=gain, out=y)
     return y.addmm_(x, weight.T), xa
 
 
-def _fold_bias(xa: Tensor, lora_B: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """([xa | 1], [lora_B | bias], None) on a CPU: the bias as one more rank. On a GPU, whose GEMMs add it, unchanged.
+def _fold_bias(xa: Tensor, lora_B: Tensor, bias: Tensor | None, gain: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """([xa | 1 / gain], [lora_B | bias], None) on a CPU: the bias as one more rank. On a GPU, which adds it, unchanged.
 
     A CPU's addmm copies the bias into every row of y first: 1.6 times as long (`bench.choices`).
     """
     if bias is None or xa.device.type != "cpu":
         return xa, lora_B, bias
-    folded = torch.cat([xa, xa.new_ones((xa.shape[0], 1))], 1)
+    folded = torch.cat([xa, xa.new_full((xa.shape[0], 1), 1.0 / gain)], 1)
     return folded, torch.cat([lora_B, bias.to(lora_B.dtype)[:, None]], 1), None
 
 
-def _upcast_gemm(lhs: Tensor, rhs: Tensor, out: Tensor, s: Tensor | None = None, e: Tensor | None = None) -> None:
-    """out = lhs rhs + s e in fp32 over blocks of out, each rounded once; without s and e, out += lhs rhs."""
+def _upcast_gemm(
+    lhs: Tensor, rhs: Tensor, out: Tensor, s: Tensor | None = None, e: Tensor | None = None, gain: float = 1.0
+) -> None:
+    """out = lhs rhs + gain s e in fp32 over blocks of out, each rounded once; without s and e, out += lhs rhs."""
     k, n = rhs.shape
-    wide_s, wide_e = (None, None) if s is None or e is None else (s.float(), e.float())
+    wide_s, wide_e = (None, None) if s is None or e is None else (s.float() * gain, e.float())
     step_n = min(n, max(256, WEIGHT_BLOCK_ELEMENTS // k))
     lhs_buffer, out_buffer = block_buffer(lhs), block_buffer(lhs, step_n)
     for start_n in range(0, n, step_n):
@@ -104,7 +108,7 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there."""
-    alpha = scaling if seed is None else scaling * dropout_scale(dropout_p)
+    scale = scale_of(seed, scaling, dropout_p, lora_A.dtype)
     xa = xa if needs.lora_B else None
     lora_x = x if needs.lora_A else None
     dx = None
@@ -114,14 +118,14 @@ def backward(
     upcast = plan.backward_way.strategy == "upcast"
     bias_dtype = torch.promote_types(dy.dtype, lora_A.dtype) if needs.bias else None
     dyb, d_lora_B, d_bias = from_dy(
-        dy, lora_B if needs.x or needs.lora_A else None, xa, alpha, bias_dtype=bias_dtype, upcast=upcast
+        dy, lora_B if needs.x or needs.lora_A else None, xa, scale, bias_dtype=bias_dtype, upcast=upcast
     )
     if upcast or lora_A.dtype != dy.dtype or seed is not None:
-        d_lora_A = blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, dx)
+        d_lora_A = blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, scale.gain, dx)
     else:
-        d_lora_A = None if lora_x is None or dyb is None else torch.mm(dyb.T, lora_x)
+        d_lora_A = None if lora_x is None or dyb is None else product(dyb.T, lora_x, scale.gain)
         if dx is not None and dyb is not None:
-            torch.mm(dyb, lora_A, out=dx)
+            scaled_mm(dyb, lora_A, scale.gain, dx)
     if dx is not None:
         assert weight is not None
         if upcast:

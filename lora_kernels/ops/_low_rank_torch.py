@@ -3,7 +3,8 @@
     xa = alpha (mask * x) A^T      dyb = alpha dy B      dB = dy^T xa
     dA = dyb^T (mask * x)          dx0 = mask * (dyb A)
 
-with alpha = scaling / (1 - p). Operands of one dtype without a mask are one library call each. With dropout, where
+with alpha = scaling / (1 - p). Of alpha an fp16 xa or dyb holds `Scale.inside` (`_scale`), and what is made of them
+multiplies by `Scale.gain`. Operands of one dtype without a mask are one library call each. With dropout, where
 dtypes differ, and where a plan says "upcast" (a CPU without 16-bit matrix instructions), the products run over blocks
 of rows that are converted to fp32 while they are in cache: nothing of x's or dy's size is ever made in fp32. Between
 equal orders of a product the one with the long result rows is taken: dy^T xa takes MKL 1.4 times as long as xa^T dy
@@ -20,6 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lora_kernels.ops._dropout import Dropper
+    from lora_kernels.ops._scale import Scale
 
 # Elements of one fp32 block, 4 MiB on a CPU: so large that a call is a few large GEMMs. Blocks of 2^17, which stay in
 # L2, make each step 64 rows, and each small GEMM is a barrier between threads.
@@ -35,10 +37,21 @@ def row_blocks(t: Tensor, columns: int = 0) -> Iterator[slice]:
 
 def scaled_mm(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> None:
     """out = alpha * a @ b, scaled before it is rounded to out's dtype; what out held does not count."""
-    if out.dtype == a.dtype:
+    if out.dtype == a.dtype and alpha == 1.0:
+        torch.mm(a, b, out=out)
+    elif out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
     else:
         out.copy_(torch.mm(a, b).mul_(alpha))
+
+
+def product(a: Tensor, b: Tensor, gain: float) -> Tensor:
+    """gain * a @ b, multiplied before it is rounded."""
+    if gain == 1.0:
+        return torch.mm(a, b)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    scaled_mm(a, b, gain, out)
+    return out
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -71,12 +84,12 @@ def dropper(seed: Tensor | None, dropout_p: float, buffer: Tensor) -> Dropper | 
 
 
 def shrink(
-    x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float, alpha: float, *, upcast: bool = False
+    x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float, inside: float, *, upcast: bool = False
 ) -> Tensor:
-    """xa = alpha (mask * x) A^T [M, R] in lora_A's dtype."""
+    """xa = inside (mask * x) A^T [M, R] in lora_A's dtype."""
     xa = torch.empty((x.shape[0], lora_A.shape[0]), dtype=lora_A.dtype, device=x.device)
     if seed is None and lora_A.dtype == x.dtype and not upcast:
-        scaled_mm(x, lora_A.T, alpha, xa)
+        scaled_mm(x, lora_A.T, inside, xa)
         return xa
     wide_A = lora_A.to(compute_dtype(x))
     buffer = block_buffer(x)
@@ -87,7 +100,7 @@ def shrink(
             dropped = buffer[: block.shape[0]]
             drop([(block, dropped)], first_row=rows.start)
             block = dropped
-        scaled_mm(block, wide_A.T, alpha, xa[rows])
+        scaled_mm(block, wide_A.T, inside, xa[rows])
     return xa
 
 
@@ -103,7 +116,7 @@ def from_dy(
     dy: Tensor,
     lora_B: Tensor | None,
     xa: Tensor | None,
-    alpha: float,
+    scale: Scale,
     *,
     bias_dtype: torch.dtype | None = None,
     upcast: bool = False,
@@ -113,24 +126,24 @@ def from_dy(
     if not dtypes:
         return FromDy(None, None, None)
     if not upcast and dtypes == {dy.dtype}:
-        return _from_dy(dy, lora_B, xa, alpha, bias_dtype)
-    return _blockwise_from_dy(dy, lora_B, xa, alpha, bias_dtype)
+        return _from_dy(dy, lora_B, xa, scale, bias_dtype)
+    return _blockwise_from_dy(dy, lora_B, xa, scale, bias_dtype)
 
 
 def _from_dy(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float, bias_dtype: torch.dtype | None
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scale: Scale, bias_dtype: torch.dtype | None
 ) -> FromDy:
     """Where all are of one dtype."""
     dyb = None
     if lora_B is not None:
         dyb = torch.empty((dy.shape[0], lora_B.shape[1]), dtype=lora_B.dtype, device=dy.device)
-        scaled_mm(dy, lora_B, alpha, dyb)
-    d_lora_B = None if xa is None else torch.mm(xa.T, dy).T.contiguous()
+        scaled_mm(dy, lora_B, scale.inside, dyb)
+    d_lora_B = None if xa is None else product(xa.T, dy, scale.gain).T.contiguous()
     return FromDy(dyb, d_lora_B, None if bias_dtype is None else dy.sum(0))
 
 
 def _blockwise_from_dy(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, alpha: float, bias_dtype: torch.dtype | None
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scale: Scale, bias_dtype: torch.dtype | None
 ) -> FromDy:
     """One pass over blocks of dy, in fp32."""
     compute = compute_dtype(dy, *(t for t in (lora_B, xa) if t is not None))
@@ -145,13 +158,13 @@ def _blockwise_from_dy(
     for rows in row_blocks(dy):
         block = wide(dy[rows], buffer)
         if dyb is not None and wide_B is not None:
-            scaled_mm(block, wide_B, alpha, dyb[rows])
+            scaled_mm(block, wide_B, scale.inside, dyb[rows])
         if d_lora_B is not None and xa is not None:
             d_lora_B.addmm_(xa[rows].to(compute).T, block)
         if d_bias is not None:
             d_bias += block.sum(0)
     if d_lora_B is not None and xa is not None:
-        d_lora_B = d_lora_B.T.to(xa.dtype).contiguous()
+        d_lora_B = d_lora_B.mul_(scale.gain).T.to(xa.dtype).contiguous()
     return FromDy(dyb, d_lora_B, None if d_bias is None else d_bias.to(bias_dtype))
 
 
@@ -161,9 +174,10 @@ def blockwise_lora_a(
     lora_A: Tensor,
     seed: Tensor | None,
     dropout_p: float,
+    gain: float,
     dx: Tensor | None,
 ) -> Tensor | None:
-    """Returns dA = dyb^T (mask * x) and writes mask * (dyb A) into dx, with one evaluation of the mask for both.
+    """Returns gain dyb^T (mask * x), dA, and writes gain mask * (dyb A) into dx: one evaluation of the mask for both.
 
     In fp32 over blocks of rows; dA is cast once. None for x or dx leaves that product out.
     """
@@ -180,6 +194,8 @@ def blockwise_lora_a(
     for rows in row_blocks(shaped):
         count = rows.stop - rows.start
         block_dyb = dyb[rows].to(compute)
+        if gain != 1.0:
+            block_dyb = block_dyb * gain
         block_x = block_dx = None
         masked = []
         if x is not None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from lora_kernels.kernels.bwd_lora_b import LoRABGradients, bwd_lora_b
 from lora_kernels.kernels.interpreter import is_interpreting, repaired
 from lora_kernels.kernels.shrink import shrink
+from lora_kernels.ops._scale import Scale, scale_of
 from lora_kernels.planning import Plan
-from lora_kernels.reference.philox import dropout_scale, dropout_threshold
+from lora_kernels.reference.philox import dropout_threshold
 
 
 def launch_scope(t: Tensor) -> AbstractContextManager[object]:
@@ -26,11 +27,10 @@ def launch_scope(t: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def threshold_and_scale(seed: Tensor | None, scaling: float, dropout_p: float) -> tuple[int, float]:
-    """(what a kept 16-bit value is at least, scaling / (1 - p)); no seed is no dropout."""
-    if seed is None:
-        return 0, scaling
-    return dropout_threshold(dropout_p), scaling * dropout_scale(dropout_p)
+def threshold_and_scale(seed: Tensor | None, scaling: float, dropout_p: float, adapter: Tensor) -> tuple[int, Scale]:
+    """(what a kept 16-bit value is at least, the factors of scaling / (1 - p)); no seed is no dropout."""
+    threshold = 0 if seed is None else dropout_threshold(dropout_p)
+    return threshold, scale_of(seed, scaling, dropout_p, adapter.dtype)
 
 
 def from_dy(
@@ -38,7 +38,7 @@ def from_dy(
     lora_B: Tensor,
     xa: Tensor | None,
     bias_dtype: torch.dtype | None,
-    scale: float,
+    scale: Scale,
     plan: Plan,
     *,
     needs_dyb: bool,
@@ -51,12 +51,12 @@ def from_dy(
     found = LoRABGradients(None, None, None)
     if one_read or xa is not None:
         found = bwd_lora_b(
-            dy=dy, lora_B=lora_B, xa=xa, bias_dtype=bias_dtype, needs_dyb=one_read, scale=scale,
-            splits=plan.d_lora_B_splits, precision=plan.precision, tile=plan.tile("bwd_lora_b"),
+            dy=dy, lora_B=lora_B, xa=xa, bias_dtype=bias_dtype, needs_dyb=one_read, scale=scale.inside,
+            gain=scale.gain, splits=plan.d_lora_B_splits, precision=plan.precision, tile=plan.tile("bwd_lora_b"),
         )  # fmt: skip
     if needs_dyb and found.dyb is None:
         dyb = shrink(
-            x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale, splits=plan.dyb_splits,
+            x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=scale.inside, splits=plan.dyb_splits,
             precision=plan.precision, tile=plan.tile("shrink"),
         )  # fmt: skip
         return found._replace(dyb=dyb)

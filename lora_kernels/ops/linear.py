@@ -55,6 +55,7 @@ def problem_of(
         tf32=multiplies_in_tf32(device) if tf32 is None else tf32,
         interpreted=config.INTERPRETED,
         gluon=gluon_available() and not config.INTERPRETED,
+        device=traits.name if device.type == "cuda" else "",
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     t(GEMM) = max(2 M N K / F, bytes / B)        t(pass) = bytes / B        + launches x gap
 
-F and B are a family's data-sheet rates (`tables/`) times what a good kernel reaches of them. The model ranks
+F and B are a GPU's data-sheet rates (`tables/`) times what a good kernel reaches of them. The model ranks
 compositions where nothing has been measured, and its figures say "modelled" wherever they are shown; a measurement of
 this very device (`planning.measured`) always goes before it.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_kernels.planning.tiles import DROPOUT, Tile, Width, dyb_columns, padded_rank, table_of
+from lora_kernels.planning.tiles import DROPOUT, Rates, Tile, Width, dyb_columns, padded_rank, rates_of
 
 if TYPE_CHECKING:
     from lora_kernels.planning.plan import Problem, Way
@@ -23,10 +23,18 @@ if TYPE_CHECKING:
 
 LIBRARY_GEMM, COPY = 0.80, 0.88
 """Share of the data sheet that library GEMMs and copies reach: an H200 gave 0.81 and 0.89; elsewhere assumed."""
-FUSED_GEMM = {"persistent": 1.0, "descriptors": 0.98, "pointers": 0.85}
-"""Rate of our GEMMs over the library's, the expand of a small rank included and the last wave counted apart. On an H200
-8192 x 4096 x 4096 takes the library 347 us, the persistent kernel 354, descriptors 364, with 8 waves for 7.8; pointers
-are assumed."""
+GEMM = {"persistent": 0.8, "descriptors": 0.8, "pointers": 0.8}
+"""Rate of our GEMMs over the library's, the expand of a small rank included and the last wave counted apart, where no
+GPU of the kind was measured: the lower end of what is plausible. Measured ones are the tables': on an H200 8192 x 4096
+x 4096 takes the library 347 us, the persistent kernel 354, descriptors 364, with 8 waves for 7.8."""
+RANK_SIZED = 0.85
+"""The same for products of a large tensor and one of the rank. Assumed."""
+ONE_PASS: Mapping[Width, float] = {"16": 0.85, "mixed": 0.39, "32": 0.39}
+"""Rate at which `one_pass` reads the weight over the library's, for few rows. On an H200, less the 9 us that the
+library takes for next to nothing: 16 x 4096 x 4096 in 13.4 us for 10.6, under fp32 adapters in 27; 16 x 4096 x 14336 in
+39 for 34. fp32 is assumed."""
+SMALL_US = 2.7
+"""What a rank-sized kernel takes at least: two of them and their gaps add 9.4 us to a linear of one row on an H200."""
 ADDING = 2.25
 """Passes over the output that a library GEMM takes longer when it adds onto what is there: 37 us of an H200 on top of
 347 (8192 x 4096 x 4096), 127 on top of 1206 (8192 x 14336 x 4096)."""
@@ -39,8 +47,8 @@ MASK_INSTRUCTIONS = {"streamed": 15, "accumulator": 45}
 # Torch's integer Philox on a GPU: about a hundred passes over 8-byte words, one word for 8 elements, read and written.
 TORCH_MASK_BYTES = 200
 TORCH_MASK_LAUNCHES = 100
-MIXED_PRODUCTS = {torch.bfloat16: 3, torch.float16: 6}
-"""A 16-bit operand beside an fp32 one: three bf16 products, or three of tf32, each at half of the 16-bit rate."""
+MIXED_PRODUCTS = {torch.bfloat16: 3, torch.float16: 4}
+"""A 16-bit operand beside an fp32 one: three bf16 products, or two of tf32, each at half of the 16-bit rate."""
 LANES_GHZ = 128 * 1.7  # instructions a multiprocessor issues in a nanosecond, all lanes counted
 
 
@@ -49,7 +57,8 @@ class Costs:
 
     def __init__(self, problem: Problem, tiles: Mapping[str, Tile]) -> None:
         self._problem, self._tiles = problem, tiles
-        rates = table_of(problem.family).rates
+        rates = rates_of(problem.family, problem.device)
+        self._rate = GEMM | dict(rates.gemm)
         width: Width = problem.width
         self._flops_us = 1e6 * LIBRARY_GEMM * (rates.tflops_32 if width == "32" else rates.tflops_16)
         self._bytes_us = 1e6 * COPY * rates.tbytes
@@ -65,8 +74,10 @@ class Costs:
     def _gemm(self, rate: float, *, extra_work: float = 0.0, waves: float = 1.0) -> float:
         p = self._problem
         moved = (p.M * p.K + p.N * p.K + p.M * p.N) * p.dtype.itemsize
-        work = 2.0 * p.M * p.N * p.K * (1.0 + extra_work) / (self._flops_us * rate) * waves
-        return max(work, moved / self._bytes_us)
+        work = 2.0 * p.M * p.N * p.K * (1.0 + extra_work) / (self._flops_us * rate)
+        # A multiprocessor without a tile reads nothing either: 64 tiles of 64 x 64 on an H200's 132 take 2.0 times as
+        # long for 64 x 4096 x 14336 as the library does.
+        return max(work, moved / self._bytes_us) * waves
 
     def _mask(self, kind: str) -> float:
         p = self._problem
@@ -84,22 +95,28 @@ class Costs:
         columns = p.K if backward else p.N
         tile = (self._tiles.get(f"backward.{kernel}") if backward else None) or self._tiles[kernel]
         count = -(-p.M // tile.block_m) * -(-columns // tile.block_n) / p.sm_count
-        return self._gemm(FUSED_GEMM[kind], waves=math.ceil(count) / count)
+        # fp32 adapters expand in three products of bf16.
+        expand = 3 * padded_rank(p.R) / (p.N if backward else p.K) if p.width == "mixed" else 0.0
+        return self._gemm(self._rate[kind], extra_work=expand, waves=math.ceil(count) / count)
 
     def _forward(self, way: Way) -> float:
         p = self._problem
         if way.strategy == "one_pass":
-            tile_n = 64 if p.width == "16" else 32
+            tile_n = self._tiles["one_pass"].block_n
             # Columns of tiles that fill half of the GPU or less split K, and a second launch adds the shares.
             launches = 2 if tile_n * p.sm_count >= 2 * p.N else 1
-            return self._gemm(FUSED_GEMM["pointers"], extra_work=padded_rank(p.R) / tile_n) + launches * LAUNCH_US
-        shrink = max(self._pass(p.M, p.K, 1), self._mask("streamed")) + LAUNCH_US
+            read = self._gemm(1.0, extra_work=padded_rank(p.R) / tile_n) / ONE_PASS[p.width]
+            return read + launches * LAUNCH_US
+        shrink = max(self._pass(p.M, p.K, 1), self._mask("streamed"), SMALL_US) + LAUNCH_US
         if way.strategy in ("shrink_fused", "persistent"):
             return shrink + self._fused(way) + LAUNCH_US
         if way.backend == "torch":
             shrink += self._torch_mask() + self._conversion(p.M, p.K) + self._conversion(p.M, p.N)
-        expand = self._pass(p.M, p.N, 1) + LAUNCH_US
-        return shrink + expand + self._gemm(1.0) + self._pass(p.M, p.N, ADDING) + LAUNCH_US
+        gemm = self._gemm(1.0) + LAUNCH_US
+        if way.backend == "triton" and p.width == "mixed":  # expanded into what the library has written
+            return shrink + gemm + max(self._pass(p.M, p.N, 2), SMALL_US) + LAUNCH_US
+        # The library's last product adds onto what its first has written.
+        return shrink + max(self._pass(p.M, p.N, 1), SMALL_US) + LAUNCH_US + gemm + self._pass(p.M, p.N, ADDING)
 
     def _backward(self, way: Way) -> float:
         p = self._problem
@@ -111,6 +128,8 @@ class Costs:
             rank_sized = read_dy + self._dyb() + max(read_x, self._mask("streamed"))
         if way.strategy in ("fused", "persistent"):
             gemm = self._fused(way, backward=True) + self._mask("accumulator")
+        elif way.backend == "triton" and p.width == "mixed" and not p.dropout:
+            gemm = self._gemm(1.0) + self._pass(p.M, p.K, 2) + LAUNCH_US
         else:  # dx holds its low-rank term before the library adds to it
             gemm = self._pass(p.M, p.K, 1 + ADDING) + self._gemm(1.0)
         return rank_sized + gemm + BACKWARD_LAUNCHES * LAUNCH_US
@@ -132,8 +151,9 @@ class Costs:
     def _conversion(self, rows: int, columns: int) -> float:
         """fp32 blocks of a 16-bit tensor, written and read: the library cannot mix dtypes, and a mask needs them."""
         p = self._problem
-        wide = p.dtype.itemsize == 2 and (p.width == "mixed" or p.dropout)
-        return self._pass(rows, columns, 2, itemsize=4) if wide else 0.0
+        if p.dtype.itemsize == 4 or (p.width == "16" and not p.dropout):
+            return 0.0
+        return max(self._pass(rows, columns, 2, itemsize=4), SMALL_US) + LAUNCH_US
 
 
 class BranchCosts:
@@ -171,7 +191,7 @@ class _Side:
 
     def __init__(self, problem: Problem, columns: int) -> None:
         self._problem, self._elements = problem, problem.M * columns
-        self._rates = table_of(problem.family).rates
+        self._rates: Rates = rates_of(problem.family, problem.device)
         self._bytes_us = 1e6 * COPY * self._rates.tbytes
 
     def streams(self, passes: int) -> float:
@@ -188,7 +208,10 @@ class _Side:
         """A product of the tensor with one of the rank, in our kernels or in the library, which knows one dtype."""
         width = self._problem.width
         if width == "mixed":
-            of_kernels = self._rates.tflops_16 / MIXED_PRODUCTS[self._problem.dtype]
+            p = self._problem
+            of_kernels = self._rates.tflops_16 / MIXED_PRODUCTS[p.dtype]
+            if p.family == "cdna3" and p.dtype == torch.float16:  # whose matrix unit multiplies fp32 itself
+                of_kernels = self._rates.tflops_32
             return self._product(of_kernels if kernels else self._rates.tflops_32, kernels)
         return self._product(self._rates.tflops_16 if width == "16" else self._rates.tflops_32, kernels)
 
@@ -216,5 +239,5 @@ class _Side:
         return self._elements * bytes_per_element / self._bytes_us
 
     def _product(self, tflops: float, kernels: bool) -> float:
-        rate = LIBRARY_GEMM * (FUSED_GEMM["pointers"] if kernels else 1.0)
+        rate = LIBRARY_GEMM * (RANK_SIZED if kernels else 1.0)
         return 2.0 * self._elements * self._problem.R / (1e6 * rate * tflops)

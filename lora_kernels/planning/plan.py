@@ -42,9 +42,9 @@ STEPS_OF_A_SECOND = 4
 """Steps that each split has at least where a multiprocessor gets more than one."""
 CHOSEN_BY_WAVES = ("gemm_expand_tma", "persistent")
 NARROW = 128
-NARROW_MARGIN = 1.05
-"""How much slower an element of a 128 x 128 tile is than one of 128 x 256. Persistent on an H200, forward 8192 x 4096 x
-4096: 368 us and 355, both 8 waves of the wider's area; 512 x 4096 x 4096: 29.8 us and 46.0 (`bench.kernels`)."""
+NARROW_MARGIN = {"gemm_expand_tma": 1.14, "persistent": 1.05}
+"""How much slower an element of a 128 x 128 tile is than one of 128 x 256. On an H200, forward 8192 x 4096 x 4096, both
+8 waves of the wider's area: persistent 368 us and 355, descriptors 414 and 364 (`bench.kernels`)."""
 OLDEST_SM = 80
 MODEL_MARGIN = 1.02
 """What a way must win over the library's by, in the model, to be taken unmeasured: its rates are no better known."""
@@ -64,7 +64,7 @@ class Way(NamedTuple):
 class Problem:
     """What a plan depends on. dropout: whether a mask is applied; arch: "sm_90", "gfx942", or the device's type.
 
-    gluon: whether this Triton has the language of the persistent kernel.
+    gluon: whether this Triton has the language of the persistent kernel; device: the GPU's name, for its rates.
     """
 
     M: int
@@ -80,6 +80,7 @@ class Problem:
     tf32: bool = False
     interpreted: bool = False
     gluon: bool = False
+    device: str = ""
 
     @property
     def width(self) -> Width:
@@ -117,7 +118,8 @@ class Plan:
 
     Attributes:
         backend: of the forward: "torch" (library GEMMs), "triton" or "reference".
-        strategy: of the forward. "library" GEMMs in x's dtype, after `shrink` in the triton backend; "upcast" to fp32
+        strategy: of the forward. "library" GEMMs in x's dtype, in the triton backend after
+            `shrink`, and before `expand` where the adapters are fp32 beside a 16-bit x; "upcast" to fp32
             block by block; "one_pass"; "shrink_fused"; "persistent"; "eager".
         reason: one sentence on the forward, and one on the backward where that was chosen by itself.
         backward: backend and strategy of the backward: "library", "upcast" or "eager" as above; "fused": the GEMM of dx
@@ -217,9 +219,7 @@ def ways_of(problem: Problem, direction: Direction, backends: tuple[Backend, ...
             ways.append(Way("torch", "upcast"))
     if "triton" in backends:
         ways.append(Way("triton", "fused" if backward else "shrink_fused"))
-        # Library products of fp32 adapters pass through fp32 copies; under dropout a kernel makes the share of dx.
-        if problem.width != "mixed" or (backward and problem.dropout):
-            ways.append(Way("triton", "library"))
+        ways.append(Way("triton", "library"))
         if not backward and _one_row_of_tiles(problem):
             ways.append(Way("triton", "one_pass"))
         if _persistent_serves(problem) and not (backward and problem.dropout):
@@ -254,7 +254,8 @@ def kernel_choices(problem: Problem) -> Plan:
     table: dict[str, Tile] = {}
     for kernel in tiles.kernels_of(family, width):
         # N of the kernel's own product: the forward's, and K in the backward, whose product is dx.
-        for name, columns in ((kernel, problem.N), (f"backward.{kernel}", problem.K)):
+        forward_only = kernel.startswith("one_pass")
+        for name, columns in ((kernel, problem.N), *([] if forward_only else [(f"backward.{kernel}", problem.K)])):
             tile = _of_few_waves(problem, kernel, columns)
             if tile is not None and table.get(kernel) != tile:
                 table[name] = tile
@@ -309,7 +310,7 @@ def _of_few_waves(problem: Problem, kernel: str, columns: int) -> Tile | None:
     def time(tile: Tile) -> int:
         return _waves(problem, tile, columns) * tile.block_m * tile.block_n
 
-    return narrow if NARROW_MARGIN * time(narrow) < time(wide) else wide
+    return narrow if NARROW_MARGIN[kernel] * time(narrow) < time(wide) else wide
 
 
 def _waves(problem: Problem, tile: Tile, columns: int) -> int:

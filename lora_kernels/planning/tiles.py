@@ -1,6 +1,6 @@
 """The shipped tiles: for each kernel and family of GPUs, block sizes that fit registers and shared memory.
 
-One JSON file a family in `tables/`, with the data-sheet rates of the cost model and the reasons for what is unlike its
+One JSON file a family in `tables/`, with the rates of the cost model and the reasons for what is unlike its
 neighbours. Of a kernel's entries for a width the first that the problem does not exceed counts: `rows` (M), `columns`
 (N of the product), `rank`; a limit that is absent is none. A kernel name ending in `_dropout` is the variant that
 applies a mask to its output. `variants` are what tuning tries besides.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -69,12 +69,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Rates:
-    """A data sheet's rates, dense: TFLOP/s by width of the base product, TB/s of the memory."""
+    """A data sheet's rates, dense: TFLOP/s by width of the base product, TB/s of the memory.
+
+    Attributes:
+        device: part of the name of the GPUs that it is for.
+        gemm: measured on such a GPU: the rates of our GEMMs over the library's, by the names of `cost.GEMM`.
+    """
 
     data_sheet: str
     tflops_16: float
     tflops_32: float
     tbytes: float
+    device: str = ""
+    gemm: Mapping[str, float] = field(default_factory=dict)
 
 
 Entries = Mapping[str, Mapping[str, tuple[Entry, ...]]]
@@ -85,7 +92,7 @@ Entries = Mapping[str, Mapping[str, tuple[Entry, ...]]]
 class Table:
     """What one family's file says."""
 
-    rates: Rates
+    rates: tuple[Rates, ...]
     tiles: Entries
     variants: Entries
 
@@ -94,7 +101,14 @@ class Table:
 def table_of(family: Family) -> Table:
     """The family's table, read once."""
     content = json.loads((Path(__file__).parent / "tables" / f"{family}.json").read_text(encoding="utf-8"))
-    return Table(Rates(**content["rates"]), _entries(content["tiles"]), _entries(content.get("variants", {})))
+    rates = tuple(Rates(**rates) for rates in content["rates"])
+    return Table(rates, _entries(content["tiles"]), _entries(content.get("variants", {})))
+
+
+def rates_of(family: Family, device: str) -> Rates:
+    """The rates for a GPU of this name; an unknown one has the family's first."""
+    rates = table_of(family).rates
+    return next((one for one in rates if one.device and one.device in device), rates[0])
 
 
 def _entries(found: Mapping[str, Mapping[str, list[dict[str, int]]]]) -> Entries:

@@ -25,14 +25,15 @@ FILE = Path(__file__).with_name("figures.json")
 OURS = ("lora_kernels", "tests", "importlib")  # what Triton brings is known by its version
 
 
-def key_of(fn: Any, *circumstances: Any) -> str:
+def key_of(fn: Any, *circumstances: Any, version: str | None = None) -> str:
     """Hash of a kernel with everything of ours that it calls or reads, of Triton's version, and of `circumstances`.
 
-    Not Triton's own cache key, which knows the line a function begins at. Mappings count as sorted, sets too.
+    Not Triton's own cache key, which knows the line a function begins at. Mappings count as sorted, sets too. version:
+    of the Triton that compiles, None for the one that is imported.
     """
     sources: dict[str, str] = {}
     _collect(fn, sources)
-    text = json.dumps([triton.__version__, sorted(sources.items()), _plain(circumstances)])
+    text = json.dumps([version or triton.__version__, sorted(sources.items()), _plain(circumstances)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.compile.figures import BOOK, Book, key_of
+from tests.compile.hazards import hazards
+from tests.compile.oldest import compiled_numbers
 
 # Most shared memory that one block may ask for. NVIDIA: CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability" (the opt-in maximum: 1 KiB less than the multiprocessor has). AMD:
@@ -38,6 +40,7 @@ TENSOR_MEMORY_COLUMNS = 512  # of an sm_100 multiprocessor
 # A line of SASS: /*0040*/ @!P0 HGMMA.64x128x16.F32.BF16 R24, ... ; of AMD's assembly: a tab, then the
 # mnemonic.
 _SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_OF_REGISTERS = re.compile(r"\bUTC\w*MMA\b[^;\n]*\bR\d+")
 _AMD_OPCODE = re.compile(r"^\t([a-z]\w+)", re.MULTILINE)
 
 
@@ -53,6 +56,9 @@ class Figures:
             on NVIDIA.
         shared_bytes: shared memory that the launch asks for.
         tensor_memory_columns: of sm_100; 0 elsewhere.
+        hazards: of registers that a matrix product in flight uses (`hazards.py`): on sm_90, whose wgmma has its
+            accumulators there and may have an operand; on sm_100 the products that name a register at all, which
+            tcgen05's do not; 0 elsewhere, where a product is done when the next instruction reads.
         machine_code: makes the cubin, or AMD's assembly as text: at hand where this was compiled, else compiled then.
     """
 
@@ -62,6 +68,7 @@ class Figures:
     spilled_registers: int
     shared_bytes: int
     tensor_memory_columns: int
+    hazards: int
     machine_code: Callable[[], bytes] = dataclasses.field(repr=False)
 
     @property
@@ -69,6 +76,7 @@ class Figures:
         """All that is kept of a kernel."""
         return [
             self.registers, self.spill_bytes, self.spilled_registers, self.shared_bytes, self.tensor_memory_columns,
+            self.hazards,
         ]  # fmt: skip
 
     @functools.cached_property
@@ -94,7 +102,7 @@ class Figures:
         return Counter(self.sequence)
 
     def faults(self) -> list[str]:
-        """Why this kernel should not be shipped: spills, or more memory than the target has."""
+        """Why this kernel should not be shipped: spills, more memory than the target has, registers used too early."""
         limit, faults = SHARED_LIMIT[self.target], []
         if self.spill_bytes or self.spilled_registers:
             faults.append(f"spills: {self.spill_bytes} B a thread, {self.spilled_registers} registers")
@@ -102,6 +110,8 @@ class Figures:
             faults.append(f"shared memory: {self.shared_bytes} B of {limit} B")
         if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
             faults.append(f"tensor memory: {self.tensor_memory_columns} columns of {TENSOR_MEMORY_COLUMNS}")
+        if self.hazards:
+            faults.append(f"hazards: {self.hazards} instructions touch registers of products in flight")
         return faults
 
 
@@ -158,26 +168,45 @@ def compile_only(
         spilled_registers=0,
         shared_bytes=kernel.metadata.shared,
         tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
+        hazards=_hazards_of(cubin, target),
         machine_code=lambda: cubin,
     )
 
 
 def kept_figures(
     fn: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], target: str, num_warps: int,
-    num_stages: int, divisible_by_16: Collection[str] = (), *, book: Book = BOOK, **options: Any,
+    num_stages: int, divisible_by_16: Collection[str] = (), *, book: Book = BOOK, version: str | None = None,
+    **options: Any,
 ) -> Figures:  # fmt: skip
-    """As `compile_only`, compiled only where the book has no figures of it, or is to be checked."""
+    """As `compile_only`, compiled only where the book has no figures of it, or is to be checked.
+
+    version: of the Triton that compiles: None for the one that is imported, else `oldest_triton()`, whose machine code
+    stays where it was made.
+    """
+    if version == triton.__version__:
+        version = None
     signature = {name: signature[name] for name in fn.arg_names if name in signature}
     circumstances = signature, constexprs, target, num_warps, num_stages, frozenset(divisible_by_16), options
-    key = key_of(fn, *circumstances)
+    key = key_of(fn, *circumstances, version=version)
+    label = f"{fn.__name__} {target}" + (f" Triton {version}" if version else "")
 
     def compiled() -> Figures:
-        figures = compile_only(*(fn, *circumstances[:-1]), **options)
-        book.add(key, f"{fn.__name__} {target}", figures.numbers)
+        if version:
+            figures = Figures(target, *compiled_numbers(fn, *circumstances), machine_code=bytes)
+        else:
+            figures = compile_only(*(fn, *circumstances[:-1]), **options)
+        book.add(key, label, figures.numbers)
         return figures
 
     numbers = book.find(key)
     return compiled() if numbers is None else Figures(target, *numbers, machine_code=lambda: compiled().binary)
+
+
+def _hazards_of(cubin: bytes, target: str) -> int:
+    if target not in ("sm_90", "sm_100"):
+        return 0
+    sass = _nvidia_tool("nvdisasm", cubin, "-c")
+    return len(hazards(sass)) if target == "sm_90" else len(_OF_REGISTERS.findall(sass))
 
 
 def _gpu_target(target: str) -> GPUTarget:
@@ -197,6 +226,7 @@ def _amd_figures(kernel: Any, target: str) -> Figures:
         spilled_registers=found["vgpr_spill_count"] + found["sgpr_spill_count"],
         shared_bytes=kernel.metadata.shared,
         tensor_memory_columns=0,
+        hazards=0,
         machine_code=assembly.encode,
     )
 

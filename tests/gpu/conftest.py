@@ -1,4 +1,4 @@
-"""Tests that need a GPU (`make gpu`); where none is, the folder is left out of the collection."""
+"""Tests that need a GPU (`make gpu`); where none is, they are found with --collect-only, and else left out."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ import torch
 _FOLDER = Path(__file__).parent
 HAS_GPU = torch.cuda.is_available()
 
-if not HAS_GPU:
-    collect_ignore_glob = ["*"]
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return None if HAS_GPU or config.option.collectonly else True
 
 
 def pytest_report_header() -> str:

@@ -23,7 +23,6 @@ from tests.linear_cases import (
     assert_within_budget,
     pooled,
     with_layouts,
-    with_library,
 )
 
 CUDA = torch.device("cuda")
@@ -52,7 +51,7 @@ def plan_for(inputs: LinearInputs, strategy: str) -> Plan:
     if KERNEL_OF[strategy] not in dict(plan.tiles):
         pytest.skip(f"no {KERNEL_OF[strategy]} tile for this GPU, dtype and rank")
     if strategy == "library":
-        return with_library(problem, plan)
+        return paired(problem, plan, "library")
     if strategy == "persistent" and Way("triton", "persistent") not in ways_of(problem, "forward", ("triton",)):
         pytest.skip("the persistent kernel serves 16-bit problems whose rows are whole 16 bytes")
     forced = paired(problem, plan, strategy if strategy in ("one_pass", "persistent") else "shrink_fused")

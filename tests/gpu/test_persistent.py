@@ -15,7 +15,10 @@ CUDA = torch.device("cuda")
 SM_COUNT = torch.cuda.get_device_properties(CUDA).multi_processor_count if torch.cuda.is_available() else 0
 pytestmark = [
     pytest.mark.skipif(not persistent_available(), reason=persistent_available().reason),
-    pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs compute capability 9.0",
+    ),
 ]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = {"forward": True, "dx": False}

@@ -18,7 +18,16 @@ from lora_kernels.planning.tiles import Tile
 from lora_kernels.reference.philox import dropout_scale, keep_mask
 from lora_kernels.testing import BranchInputs, poisoned_allocation, run_branch, run_branch_plan
 from tests.branch_cases import DTYPES, SUBSETS, TENSORS, inputs_of, problems
-from tests.linear_cases import LAYOUTS, assert_same_bits, assert_within_budget, with_layouts
+from tests.linear_cases import (
+    LAYOUTS,
+    SCALINGS,
+    STORED,
+    assert_in_range,
+    assert_same_bits,
+    assert_within_budget,
+    far_from_one,
+    with_layouts,
+)
 
 FAMILIES = {"blackwell": "sm_100", "hopper": "sm_90", "ampere": "sm_80", "ada": "sm_89", "cdna3": "gfx942"}
 SPLITS = ("xa_splits", "dyb_splits", "d_lora_A_splits", "d_lora_B_splits", "dx_lora_A_splits")
@@ -67,6 +76,16 @@ def test_budget(dtypes, size, p):
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16-mixed", "bf16-over-fp32"])
 def test_budget_of_edges(dtypes, p, size):
     assert_within_budget(problems(size, dtypes, 25, dropout_p=p)[:20], run)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("out", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_fp16_stays_in_range(out, stored, scaling, p):
+    dtypes = (torch.float16, torch.float16, out)
+    problem = far_from_one(inputs_of((70, 88, 168), dtypes, 8, scaling=scaling, dropout_p=p), stored)
+    assert_in_range(problem, stored, run(problem))
 
 
 @pytest.mark.parametrize("r", [1, 5, 16, 64, 70, 256, 512])

@@ -22,14 +22,17 @@ from tests.linear_cases import (
     DTYPES,
     LAYOUTS,
     PARAMETERS,
+    SCALINGS,
+    STORED,
     SUBSETS,
+    assert_in_range,
     assert_rounded_once_each,
     assert_same_bits,
     assert_within_budget,
+    far_from_one,
     laid_out,
     pooled,
     with_layouts,
-    with_library,
 )
 
 STRATEGIES = ("one_pass", "pointers", "descriptors", "library")
@@ -46,7 +49,7 @@ def plan_for(inputs: LinearInputs, strategy: str = "pointers", *, arch: str = "s
     )  # fmt: skip
     plan = make_plan(problem, "triton", triton_available=True)
     if strategy == "library":
-        return with_library(problem, plan)
+        return paired(problem, plan, "library")
     name: Strategy = "one_pass" if strategy == "one_pass" else "shrink_fused"
     return replace(paired(problem, plan, name), use_tma=strategy == "descriptors")
 
@@ -113,6 +116,15 @@ def test_y_and_dx_are_rounded_once(strategy, dtype, p):
     # Both fp32 operands of the expand are split into two bf16 each, and the smallest of the products left out.
     found = run_under(None, problem, strategy=strategy)
     assert_rounded_once_each(problem, {name: found[name] for name in ("y", "d_x")}, of_products=2**-16)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fp16_stays_in_range(strategy, stored, scaling, p):
+    problem = far_from_one(inputs_of((70, 88, 168), "fp16", 8, scaling=scaling, dropout_p=p), stored)
+    assert_in_range(problem, stored, run_under(None, problem, strategy=strategy))
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), [case for case in SERVED if case[1].endswith("mixed")])

@@ -9,6 +9,7 @@ being read, storing what no fence has ordered, arriving once too often are error
 Not modelled: layouts, swizzles and register counts, which tests/compile reads from the machine code.
 """
 
+import operator
 import random
 import threading
 from collections.abc import Callable
@@ -123,12 +124,21 @@ class Barrier:
 
 
 class Tile:
-    """A tile in registers: a tensor with the methods that Gluon's has."""
+    """A tile in registers: a tensor with the methods that Gluon's has.
 
-    def __init__(self, t: Tensor) -> None:
-        self.t = t
+    in_flight: a product may still be adding to it, so that nobody but another product may touch it.
+    """
 
-    shape = property(lambda self: list(self.t.shape))
+    def __init__(self, t: Tensor, *, in_flight: bool = False) -> None:
+        self.accumulated, self.in_flight = t, in_flight
+
+    @property
+    def t(self) -> Tensor:
+        if self.in_flight:
+            raise ModelError("an accumulator read before its last product has ended")
+        return self.accumulated
+
+    shape = property(lambda self: list(self.accumulated.shape))
 
     def to(self, dtype: Any) -> "Tile":
         return self
@@ -140,6 +150,9 @@ class Tile:
         return Tile(self.t + (other.t if isinstance(other, Tile) else other))
 
     __radd__ = __add__
+
+    def __mul__(self, factor: float) -> "Tile":
+        return Tile(self.t * factor)
 
     def __lt__(self, other: int) -> "Tile":
         return Tile(self.t < other)
@@ -166,8 +179,8 @@ class Buffer:
 class View:
     """A part of a buffer, or the buffers of a ring."""
 
-    def __init__(self, data: Any, model: "Model", buffer: Buffer | None = None) -> None:
-        self.data, self.model, self.buffer = data, model, buffer
+    def __init__(self, data: Any, model: "Model", buffer: Buffer | None = None, dtype: Any = None) -> None:
+        self.data, self.model, self.buffer, self.dtype = data, model, buffer, dtype
 
     shape = property(lambda self: list(self.data.shape))
 
@@ -188,8 +201,8 @@ class View:
 class Descriptor:
     """Global memory as the accelerator sees it: zeros beyond its edges, and nothing written there."""
 
-    def __init__(self, t: Tensor, block: list[int]) -> None:
-        self.t, self.block, self.layout, self.dtype = t, block, None, t.dtype
+    def __init__(self, t: Tensor, block: list[int], dtype: Any = torch.float64) -> None:
+        self.t, self.block, self.layout, self.dtype = t, block, None, dtype
         self.block_type = SimpleNamespace(nbytes=2 * block[0] * block[1], shape=block)
         self.writes = torch.zeros_like(t, dtype=torch.int64)
 
@@ -209,7 +222,7 @@ class Model:
         self.stores: dict[int, list[Buffer]] = {}
         self.written: dict[int, list[Buffer]] = {}  # and not fenced since
         self.gl = SimpleNamespace(
-            int64="int64", float32="float32", SliceLayout=mock.Mock(), BlockedLayout=mock.Mock(),
+            int64="int64", float32="float32", float16=torch.float16, SliceLayout=mock.Mock(), BlockedLayout=mock.Mock(),
             NVMMADistributedLayout=mock.Mock(), static_range=range, num_warps=lambda: 4,
             program_id=lambda axis: program, num_programs=lambda axis: programs,
             zeros=lambda shape, dtype, layout: Tile(torch.full(shape, float("nan"), dtype=torch.float64)),
@@ -230,7 +243,7 @@ class Model:
         assert condition
 
     def allocate(self, dtype: Any, shape: list[int], layout: Any) -> View:
-        return View([Barrier() if dtype == "int64" else Buffer(shape[1:]) for _ in range(shape[0])], self)
+        return View([Barrier() if dtype == "int64" else Buffer(shape[1:]) for _ in range(shape[0])], self, dtype=dtype)
 
     def warp_specialize(self, partitions: list[Any], warps: list[int], registers: list[int]) -> None:
         assert len(partitions) == len(warps) + 1 == len(registers) + 1
@@ -315,7 +328,7 @@ class Model:
             view.buffer.readers += 1
         self.products.setdefault(self.scheduler.me, []).append([lhs.buffer, rhs.buffer])
         product = lhs.data @ rhs.data
-        return Tile(acc.t + product if use_acc else product)
+        return Tile(acc.accumulated + product if use_acc else product, in_flight=True)
 
     def multiply_wait(self, pendings: int, *, deps: list[Tile]) -> Tile:
         self.scheduler.hand_over()
@@ -323,28 +336,33 @@ class Model:
         while len(mine) > pendings:
             for buffer in mine.pop(0):
                 buffer.readers -= 1
-        return deps[0]
+        return Tile(deps[0].accumulated, in_flight=bool(mine))
 
 
 def run(
     seed: int, *, lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor, e: Tensor, bias: Tensor | None,
-    blocks: tuple[int, int, int, int], chunk: int, stages: int, group_m: int, programs: int,
+    gain: float, blocks: tuple[int, int, int, int], chunk: int, stages: int, group_m: int, programs: int,
 ) -> Tensor:  # fmt: skip
     """What `persistent` computes, in fp64, every program in turn; raises ModelError for a broken protocol."""
     block_m, block_n, block_k, block_r = blocks
     (m, k), n, r = lhs.shape, weight.shape[0 if transpose_weight else 1], s.shape[1]
     rhs_block = [block_n, block_k] if transpose_weight else [block_k, block_n]
+    dtype = torch.float64 if gain == 1.0 else torch.float16  # which alone has a gain
     out = Descriptor(torch.full((m, n), float("nan"), dtype=torch.float64), [block_m // 2, chunk])
     plain = {
         name: value.fn
         for name, value in vars(persistent).items()
         if type(value).__name__ in ("GluonJITFunction", "JITFunction")
     }
-    grouped_tile = FunctionType(device.grouped_tile.fn.__code__, {"tl": SimpleNamespace(minimum=min)})
+    arithmetic = {"minimum": min, "div_rn": operator.truediv, "float16": torch.float16}
+    borrowed = {
+        name: FunctionType(getattr(device, name).fn.__code__, {"tl": SimpleNamespace(**arithmetic)})
+        for name in ("grouped_tile", "with_gain", "without_gain")
+    }
     for program in range(programs):
         model = Model(seed + program, program, programs, bias)
         patches = {
-            **plain, "grouped_tile": grouped_tile, "gl": model.gl, "mbarrier": model.mbarrier, "tma": model.tma,
+            **plain, **borrowed, "gl": model.gl, "mbarrier": model.mbarrier, "tma": model.tma,
             "load_tile": model.load_tile, "store_tile": model.store_tile, "fence_async_shared": model.fence,
             "warpgroup_mma": model.multiply, "warpgroup_mma_wait": model.multiply_wait,
             "CONSUMERS": 2, "CHUNK": chunk, "CHUNKS_IN_FLIGHT": persistent.CHUNKS_IN_FLIGHT.value,
@@ -353,8 +371,9 @@ def run(
             for name, value in patches.items():
                 stack.enter_context(mock.patch.object(persistent, name, value))
             persistent.persistent_kernel(
-                Descriptor(lhs, [block_m, block_k]), Descriptor(weight, rhs_block), Descriptor(s, [block_m, block_k]),
-                Descriptor(e.T if transpose_weight else e, rhs_block), out, 0, m, n, k, r,
+                Descriptor(lhs, [block_m, block_k], dtype), Descriptor(weight, rhs_block),
+                Descriptor(s, [block_m, block_k]),
+                Descriptor(e.T if transpose_weight else e, rhs_block), out, 0, m, n, k, r, gain,
                 HAS_BIAS=bias is not None, RHS_IS_NK=transpose_weight, BLOCK_M=block_m, BLOCK_N=block_n,
                 BLOCK_K=block_k, BLOCK_R=block_r, GROUP_M=group_m, STAGES=stages,
             )  # fmt: skip

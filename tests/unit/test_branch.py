@@ -14,7 +14,18 @@ from lora_kernels.planning import BranchPlan, Way
 from lora_kernels.testing import make_linear_inputs, order_errors, poisoned_allocation, run_branch, run_branch_plan
 from tests.branch_cases import DTYPES, SAME, SUBSETS, TENSORS, inputs_of, problems
 from tests.equality import whole
-from tests.linear_cases import LAYOUTS, assert_same_bits, assert_within_budget, laid_out, truth_of, with_layouts
+from tests.linear_cases import (
+    LAYOUTS,
+    SCALINGS,
+    STORED,
+    assert_in_range,
+    assert_same_bits,
+    assert_within_budget,
+    far_from_one,
+    laid_out,
+    truth_of,
+    with_layouts,
+)
 
 FP64 = (torch.float64,) * 3
 ALL_DTYPES = {**DTYPES, "fp64": FP64, "fp64-mixed-over-fp32": (torch.float64, torch.float32, torch.float32)}
@@ -46,6 +57,17 @@ def test_budget_over_sizes(dtypes, size, p):
 def test_budget_under_both_plans(dtypes, size, p, strategy):
     # This machine's CPU gets one of the two for each dtype; other CPUs get the other.
     assert_within_budget(problems(size, dtypes, dropout_p=p), partial(run_branch_plan, plan=PLANS[strategy]))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("out", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("strategy", PLANS)
+def test_fp16_stays_in_range(strategy, out, stored, scaling, p):
+    dtypes = (torch.float16, torch.float16, out)
+    problem = far_from_one(inputs_of((64, 48, 32), dtypes, scaling=scaling, dropout_p=p), stored)
+    assert_in_range(problem, stored, run_branch_plan(problem, PLANS[strategy]))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

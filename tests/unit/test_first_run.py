@@ -1,53 +1,95 @@
-"""The script for a lent GPU, walked through on a CPU: what a part's end costs the others, and what is brought home."""
+"""The script for a lent GPU, rehearsed on a CPU: every part's command, what a part's end costs, what comes home."""
 
+import json
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import first_run
-from bench.first_run import Part
+from bench import compiled_ahead, first_run, gpu_parts
+from bench.first_run import LIMITS, failed_tests, ratios, run, summary
+from bench.gpu_parts import Part, parts
+from lora_kernels.benchmarking.records import Record, read_csv, write_csv
 
 SLEEPER = "import signal, time; signal.signal(2, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
+RED = "FAILED tests/gpu/test_linear.py::test_a[bf16] - AssertionError"
 
 
-def part(title, code, limit_s=20.0):
-    return Part(title, limit_s, ("-c", code))
+def part(title, code, limit_s=20.0, needs_gib=0.0):
+    return Part(title, limit_s, ("-c", code), "nothing", needs_gib)
+
+
+PARTS = [
+    part("a crash", "import os; os.abort()"),
+    part("a hang", SLEEPER, limit_s=1.0),
+    part("garbage", "import sys; sys.stdout.buffer.write(bytes(range(256)) * 9)"),
+    part("a red test", f"print({RED!r}); raise SystemExit(1)"),
+    part("what is right", "print('the last line')"),
+]
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    parts = [
-        part("a crash", "import os; os.abort()"),
-        part("a hang", SLEEPER, limit_s=1.0),
-        part("garbage", "import sys; sys.stdout.buffer.write(bytes(range(256)) * 9)"),
-        part("what is right", "print('the last line')"),
-    ]
-    monkeypatch.setattr(first_run, "parts", lambda *_: parts)
+    monkeypatch.setattr(first_run, "parts", lambda *_: PARTS)
     monkeypatch.setattr(first_run, "KEEP_S", 0.2)
+    monkeypatch.setattr(first_run, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(compiled_ahead, "FOLDER", tmp_path / "compiled")
     return tmp_path / "out"
 
 
-def test_a_part_costs_only_itself(out, capsys):
+# Of call 1 all; of the others what it does not have. Parts that compare times are no matter of right and wrong here.
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [("1", ""), ("2", "every case,Llama,kernels by,tune,compiled"), ("later", "headline,long")],
+)
+def test_every_command_is_one_that_runs(tmp_path, monkeypatch, call, words):
+    monkeypatch.setattr(first_run, "LOCAL", tmp_path / "local")
+    asked = [p.title for p in parts(call, "cpu", tmp_path, []) if any(word in p.title for word in words.split(","))]
+    status = run(call, "cpu", tmp_path / "out", words)
+    text = (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
+    assert status == 0, text
+    for title in asked:
+        assert f"== {title}: 0, " in text
+    assert "What only a GPU can show:" in text
+    with tarfile.open(tmp_path / "out" / "all.tgz") as archive:
+        logs = [name for name in archive.getnames() if name.endswith(".log")]
+    assert len(logs) == len(asked)
+
+
+def test_a_part_costs_only_itself(out):
     start = time.perf_counter()
     assert first_run.main(["--device", "cpu", "--out", str(out)]) == 1
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 40
     text = (out / "summary.txt").read_text(encoding="utf-8")
     assert "running: nothing" in text
     for line in ("== a crash: -6", "== a hang: stopped after 1 s", "== garbage: 0", "== what is right: 0"):
         assert line in text
     assert "begun" in text
-    assert text.rstrip().endswith("the last line")
+    assert "the last line" in text
+    assert "1 tests failed:\n  tests/gpu/test_linear.py::test_a[bf16]\n" in text
     with tarfile.open(out / "all.tgz") as archive:
         logs = sorted(name for name in archive.getnames() if name.endswith(".log"))
-    assert logs == [f"run/1{n}-{slug}.log" for n, slug in enumerate(("a-crash", "a-hang", "garbage", "what-is-right"))]
+    slugs = ("a-crash", "a-hang", "garbage", "a-red-test", "what-is-right")
+    assert logs == [f"run/1-{n:02}-{slug}.log" for n, slug in enumerate(slugs)]
+
+
+def test_call_2_looks_into_what_call_1_left_red(out, monkeypatch):
+    asked = []
+    monkeypatch.setattr(first_run, "parts", lambda *given: asked.append(given[3]) or PARTS)
+    first_run.main(["--device", "cpu", "--out", str(out), "--only", "red"])
+    first_run.main(["--device", "cpu", "--out", str(out), "--only", "right", "--call", "2"])
+    assert asked[-2] == ["tests/gpu/test_linear.py::test_a[bf16]"]
+    assert "call 1 left 1 failed tests" in (out / "summary.txt").read_text(encoding="utf-8")
+    red, green = (gpu_parts.parts("2", "cuda", out, failed) for failed in (["tests/gpu/test_linear.py::test_a"], []))
+    assert {p.title for p in red} - {p.title for p in green} >= {"what failed, under memcheck"}
 
 
 def test_what_is_done_is_at_home_while_a_part_runs(out, monkeypatch):
     seen = []
 
-    def slow(part, log, folder):
+    def slow(part, log, folder, limit_s):
         log.write_text("half a line", encoding="utf-8")
         deadline = time.perf_counter() + 20
         while not ((out / "all.tgz").exists() and "running: a crash" in (out / "summary.txt").read_text()):
@@ -57,22 +99,85 @@ def test_what_is_done_is_at_home_while_a_part_runs(out, monkeypatch):
         return first_run.Outcome(part.title, "0", 0.0, log)
 
     monkeypatch.setattr(first_run, "run_part", slow)
-    assert first_run.run(1, "cpu", out, "crash") == 0
+    assert run("1", "cpu", out, "crash") == 0
     assert seen == ["a crash"]
 
 
-def test_parts_are_chosen_by_their_words(out):
-    assert first_run.main(["--device", "cpu", "--out", str(out), "--only", "right"]) == 0
+def test_what_does_not_fit_is_named_and_left_out(out, monkeypatch):
+    monkeypatch.setattr(first_run, "parts", lambda *_: [part("large", "", needs_gib=75), PARTS[-1]])
+    monkeypatch.setattr(first_run, "memory_gib", lambda _: 40.0)
+    assert run("1", "cpu", out, "") == 1
+    assert "large: left out: needs 75 GiB of GPU memory, there are 40" in (out / "summary.txt").read_text()
+    monkeypatch.setitem(LIMITS, "1", 3.0)
+    assert run("1", "cpu", out, "") == 1
+    assert "== what is right: left out, for want of time" in (out / "summary.txt").read_text()
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_call_fits_its_limit(tmp_path, call):
-    listed = first_run.parts(call, "cuda", tmp_path)
-    assert sum(each.limit_s for each in listed) <= 420
+@pytest.mark.parametrize("failed", [[], ["tests/gpu/test_linear.py::test_a"]])
+@pytest.mark.parametrize("call", LIMITS)
+def test_a_call_fits_its_limit(tmp_path, call, failed):
+    listed = parts(call, "cuda", tmp_path, failed)
+    # Of each part, beside its time: its start, and up to eight seconds to end it.
+    assert sum(each.limit_s for each in listed) <= LIMITS[call] - 10
     assert len({each.title for each in listed}) == len(listed)
+    assert sum(LIMITS[c] for c in ("1", "2")) <= 760  # of 900 s, with two starts of a machine
+    assert all(each.shows for each in listed)
+
+
+def test_the_summary_has_the_ratio_with_the_hosts_time_and_in_a_graph_beside_it(tmp_path):
+    folder = Path(__file__).parents[2] / "bench" / "results" / "nvidia-h200"
+    rows = read_csv(folder / "linear.csv", Record)
+    ours = next(r for r in rows if r.provider == "auto" and r.cost)
+    (tmp_path / "headline").mkdir()
+    changed = Record(**vars(ours) | {"host_us": 214.2, "graph_cost": 1.12})
+    frozen = next(r for r in rows if r.provider == "frozen linear")
+    write_csv([frozen, changed], tmp_path / "headline" / "linear.csv")
+    (line,) = ratios(tmp_path)
+    assert f"auto {ours.cost:.2f} (graph 1.12, host 214 us)" in line
+    assert line in summary([], "", 0.0, tmp_path)
+    (tmp_path / "headline" / "linear.csv").write_text("gar,bage\n1,2\n", encoding="utf-8")
+    assert summary([], "", 0.0, tmp_path)  # half-written rows are no reason to lose the rest
+
+
+def test_failed_tests_are_found_in_a_run_that_was_stopped(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(f"[gw0] PASSED tests/gpu/x.py::a\n[gw1] [ 3%] FAILED tests/gpu/x.py::b[1]\n{RED}\n{RED}\n")
+    found = failed_tests([first_run.Outcome("tests", "stopped after 9 s", 9.0, log)])
+    assert found == ["tests/gpu/x.py::b[1]", "tests/gpu/test_linear.py::test_a[bf16]"]
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert first_run.main([]) == first_run.NO_GPU
-    assert "needs a GPU" in capsys.readouterr().out
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+# -- compiled ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_a_canary_that_differs_is_said_with_its_part(tmp_path):
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    assert "nothing compiled ahead" in compiled_ahead.unpack(tmp_path)
+    with tarfile.open(tmp_path / compiled_ahead.PACKED[0], "w:xz"):
+        pass
+    told = compiled_ahead.canary() | {"ptxas": "11.0"}
+    (tmp_path / compiled_ahead.PACKED[1]).write_text(json.dumps(told), encoding="utf-8")
+    line = compiled_ahead.unpack(tmp_path)
+    assert "CANARY DIFFERS" in line
+    assert "ptxas is" in line
+    assert "was '11.0'" in line
+    assert "Python" not in line
+
+
+def test_what_is_packed_comes_out_at_the_same_path(tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(compiled_ahead, "CACHE", cache)
+    (cache / "KEY").mkdir(parents=True)
+    for name in ("k.cubin", "k.json", "launcher.so", "k.ptx"):
+        (cache / "KEY" / name).write_text(name, encoding="utf-8")
+    compiled_ahead.pack(tmp_path / "packed")
+    for path in sorted(cache.glob("*/*")):
+        path.unlink()
+    assert compiled_ahead.unpack(tmp_path / "packed") == "1 kernels compiled ahead"
+    assert sorted(p.name for p in cache.glob("*/*")) == ["k.cubin", "k.json", "launcher.so"]

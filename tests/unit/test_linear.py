@@ -24,10 +24,14 @@ from tests.linear_cases import (
     DTYPES,
     LAYOUTS,
     PARAMETERS,
+    SCALINGS,
+    STORED,
     SUBSETS,
+    assert_in_range,
     assert_rounded_once_each,
     assert_same_bits,
     assert_within_budget,
+    far_from_one,
     laid_out,
     pooled,
     truth_of,
@@ -79,6 +83,17 @@ def test_budget_over_sizes(dtype, size, bias, p):
 def test_budget_under_both_plans(dtype, size, p, strategy):
     # This machine's CPU gets one of the two for each dtype; other CPUs get the other.
     assert_within_budget(problems(size, dtype, dropout_p=p), partial(run_under, PLANS[strategy]))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("strategy", PLANS)
+def test_fp16_stays_in_range(strategy, bias, stored, scaling, p):
+    problem = make_linear_inputs(64, 48, 32, 8, dtype=torch.float16, scaling=scaling, dropout_p=p, bias=bias)
+    problem = far_from_one(problem, stored)
+    assert_in_range(problem, stored, run_under(PLANS[strategy], problem))
 
 
 @pytest.mark.parametrize(

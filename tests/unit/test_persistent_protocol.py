@@ -33,6 +33,7 @@ class Case:
     group_m: int = 2
     transpose_weight: bool = True
     bias: bool = True
+    gain: float = 1.0
 
 
 CASES = [
@@ -45,6 +46,8 @@ CASES = [
     Case(m=9, n=8, k=12, programs=7),  # more programs than tiles
     Case(m=12, n=16, k=4, stages=2),
     Case(m=12, n=16, k=4, r=9, block_r=4, stages=5, transpose_weight=False),
+    Case(m=17, n=19, k=9, r=6, block_r=4, programs=2, gain=8.0),
+    Case(m=12, n=16, k=4, gain=0.25, bias=False),
 ]
 
 
@@ -60,9 +63,9 @@ def run(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = integers(*((c.n, c.k) if c.transpose_weight else (c.k, c.n)))
     actual = gluon_model.run(
         seed, lhs=lhs, weight=weight, transpose_weight=c.transpose_weight, s=s, e=e, bias=bias if c.bias else None,
-        blocks=(4, 8, 4, c.block_r), chunk=2, stages=c.stages, group_m=c.group_m, programs=c.programs,
+        gain=c.gain, blocks=(4, 8, 4, c.block_r), chunk=2, stages=c.stages, group_m=c.group_m, programs=c.programs,
     )  # fmt: skip
-    expected = lhs @ (weight.T if c.transpose_weight else weight) + s @ e
+    expected = lhs @ (weight.T if c.transpose_weight else weight) + c.gain * s @ e
     return actual, expected + bias if c.bias else expected
 
 
@@ -86,7 +89,13 @@ FAULTS = {
     "a slot goes back before any was read": ("multiply_step", "pred=accumulate", "pred=True"),
     "acc keeps the tile before": ("multiply_step", "use_acc=accumulate", "use_acc=True"),
     "the last slot is kept": ("consume", "mbarrier.arrive(empty.index(slot_of(step - 1, STAGES)), count=1)", ""),
-    "the last product is not waited for": ("consume", "acc = warpgroup_mma_wait(0, deps=[acc])", ""),
+    "the last product is not waited for": (
+        "consume", "acc = warpgroup_mma_wait(0, deps=[acc])\n        mbarrier", "mbarrier",
+    ),
+    "an fp16 product is divided before it ends": (
+        "consume", "acc = warpgroup_mma_wait(0, deps=[acc])\n            acc = without_gain", "acc = without_gain",
+    ),
+    "the gain is not taken out": ("consume", "acc = without_gain(acc, gain, lhs_ring.dtype)", ""),
     "the expand has its own count": ("consume", "range(steps_over(R, BLOCK_K))", "range(steps_over(R, BLOCK_M // 2))"),
     "one consumer is enough": ("persistent_kernel", "count=CONSUMERS", "count=1"),
     "no fence before a store": ("store_columns", "        fence_async_shared()\n", ""),
@@ -113,7 +122,7 @@ def test_a_fault_is_seen(fault):
     faulty: dict = {}
     exec(source.replace(old, new), vars(persistent), faulty)
     with mock.patch.object(persistent, name, faulty[name]):
-        assert any(goes_wrong(Case(m=16, n=16, k=9, r=6, programs=2, block_r=4), seed) for seed in range(4))
+        assert any(goes_wrong(Case(m=16, n=16, k=9, r=6, programs=2, block_r=4, gain=4.0), seed) for seed in range(4))
 
 
 def test_without_gluon_the_module_says_what_is_missing():

@@ -151,8 +151,7 @@ def test_one_pass_splits_fill_the_gpu(m, n, k, splits):
 
 def test_one_pass_is_split_twice_as_often_where_adapters_are_cut_in_parts():
     for k, splits in ((4096, 4), (2048, 4), (512, 2), (256, 1)):  # of 64 x 4 elements of K at least
-        told = plan("triton", m=16, n=4096, k=k, width="mixed")
-        assert (told.strategy, told.one_pass_splits) == ("one_pass", splits)
+        assert plan("triton", m=16, n=4096, k=k, width="mixed").one_pass_splits == splits
     fp16 = dataclasses.replace(problem(m=16, n=4096, k=4096, width="mixed"), dtype=torch.float16)
     assert make_plan(fp16, "triton", triton_available=True).one_pass_splits == 2
 
@@ -184,6 +183,29 @@ def test_auto_prefers_kernels_where_the_library_needs_passes_over_x():
     assert plan(dropout=True).backend == "triton"
     assert plan(width="mixed").backend == "triton"
     assert plan(m=128, n=1024, k=4096).backend == "torch"  # too few tiles for 132 multiprocessors
+
+
+def test_few_rows_under_fp32_adapters_are_expanded_into_the_librarys_product():
+    # one_pass reads a weight at 0.39 of the library's rate there: it pays where launches cost more than the weight.
+    for m in (1, 16):
+        large, small = (plan(m=m, n=n, k=n, width="mixed") for n in (4096, 1024))
+        assert (large.backend, large.strategy) == ("triton", "library")
+        assert (small.backend, small.strategy) == ("triton", "one_pass")
+
+
+def test_a_gpu_of_a_known_name_has_its_own_rates():
+    h200, h100, other = (
+        dict(make_plan(problem(m=8192, n=4096, k=4096, device=name), "auto", triton_available=True).costs)
+        for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "")
+    )
+    assert h200 == other  # the family's first
+    assert h100["triton/library"] > h200["triton/library"]  # which reads and writes more, at 3.35 TB/s for 4.8
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+def test_where_nothing_was_measured_our_gemm_is_taken_for_slow(arch):
+    costs = dict(plan(m=8192, n=8192, k=8192, arch=arch).costs)
+    assert 1.1 < costs["triton/shrink_fused"] / costs["torch/library"] < 1 / 0.8
 
 
 def test_the_persistent_kernel_serves_whole_16_bytes_without_a_mask_over_dx():
