@@ -227,6 +227,12 @@ def run(call: str, device: str, out: Path, only: str) -> int:
     return int(any(outcome.status not in ("0", "left out, for want of time") for outcome in outcomes))
 
 
+def interrupt(number: int, frame: object) -> None:
+    """As Ctrl-C, once: `timeout` and make send SIGTERM twice, and the second would cut the clean-up short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.first_run", description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
@@ -241,7 +247,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_GPU
     default = os.environ.get("OUT") or LOCAL / device_slug(torch.device(arguments.device))
     call = "later" if arguments.later else arguments.call
-    return run(call, arguments.device, Path(arguments.out or default), arguments.only)
+    # The part that runs is in a session of its own: a SIGTERM would leave it there, holding the GPU.
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return run(call, arguments.device, Path(arguments.out or default), arguments.only)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, linear, providers, run, suites
+from bench import linear, providers, run, suites
 from lora_kernels.benchmarking.cases import select
 from lora_kernels.benchmarking.roofline import Ceilings
 
@@ -143,153 +140,6 @@ def test_every_row_has_its_roofline_and_peak(tmp_path: Path) -> None:
         assert record.peak_bytes is not None
         assert record.error is not None
     assert {path.name for path in tmp_path.iterdir()} <= {"linear.csv", "run.json", "linear_benchmark.json"}
-
-
-def test_no_gpu_is_said_and_is_a_status_of_its_own(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == gpu.NO_GPU
-    assert "needs a GPU" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_parts_run_in_order_and_their_files_come_home(tmp_path: Path, monkeypatch, capsys) -> None:
-    ran: list[gpu.Part] = []
-
-    def measured(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> str:
-        ran.append(part)
-        root = folder
-        if part.title == "tune":
-            (folder / "plans").mkdir()
-            (folder / "plans" / "plans-some-gpu.json").write_text("tuned")
-        if "--out" in part.command:
-            folder = Path(part.command[part.command.index("--out") + 1])
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("linear.csv", "run.json", "linear_benchmark.json", "host.csv", "large.bin"):
-                (folder / name).write_text(part.title)
-        gpu.keep(root, out)
-        return ""
-
-    monkeypatch.setattr(gpu, "run_part", measured)
-    assert gpu.main(["--device", "cpu", "--budget", "20", "--out", str(tmp_path)]) == 0
-    assert [part.title for part in ran] == ["check", "ceilings and strategies", "tune", "host time", "suite"]
-    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert len(files) <= 8
-    assert (files["linear.csv"], files["strategies.csv"]) == ("suite", "ceilings and strategies")
-    assert files["plans.json"] == "tuned"
-    assert "every part done" in files["log.txt"]
-
-
-def test_one_kernel_that_is_wrong_does_not_cost_the_others_their_times(tmp_path: Path, monkeypatch, capsys) -> None:
-    ran: list[str] = []
-
-    def checked(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> str:
-        ran.append(part.title)
-        return f"{part.title}: a fault" if "check" in part.title else ""
-
-    monkeypatch.setattr(gpu, "run_part", checked)
-    assert gpu.run(torch.device("cuda"), tmp_path, 540.0) == 1
-    assert (ran[0], ran[-1]) == ("check", "suite")
-    assert "check: a fault;" in (tmp_path / "log.txt").read_text()
-
-
-def test_no_part_is_begun_after_the_budget(tmp_path: Path, monkeypatch, capsys) -> None:
-    allowed: dict[str, float] = {}
-
-    def slow(part: gpu.Part, log, folder: Path, out: Path, timeout_s: float) -> str:
-        allowed[part.title] = timeout_s
-        clock[0] += timeout_s
-        return f"{part.title}: stopped"
-
-    clock = [0.0]
-    monkeypatch.setattr(gpu, "run_part", slow)
-    monkeypatch.setattr(gpu.time, "perf_counter", lambda: clock[0])
-    for device in ("cpu", "cuda"):
-        clock[0] = 0.0
-        gpu.run(torch.device(device), tmp_path / device, 540.0)
-        assert clock[0] <= 540.0
-        assert allowed["suite"] > 30.0
-    clock[0] = 0.0
-    monkeypatch.setattr(gpu, "CHECK", 0.99)
-    gpu.run(torch.device("cpu"), tmp_path / "short", 100.0)
-    assert "suite: left out, for want of time" in (tmp_path / "short" / "log.txt").read_text()
-
-
-def test_a_part_has_its_output_logged_and_is_stopped_in_time(tmp_path: Path, capsys) -> None:
-    def attempt(part: gpu.Part, timeout_s: float = 30.0) -> str:
-        return gpu.run_part(part, log, tmp_path, tmp_path / "out", timeout_s)
-
-    (tmp_path / "out").mkdir()
-    with (tmp_path / "log").open("w") as log:
-        assert attempt(gpu.Part("help", ("json.tool", "--help"), 1.0)) == ""
-        assert "exit status" in attempt(gpu.Part("wrong", ("json.tool", "/no/such/file"), 1.0))
-        assert "stopped after" in attempt(gpu.Part("slow", ("asyncio",), 1.0), 0.05)
-    assert "usage" in (tmp_path / "log").read_text()
-
-
-def test_what_a_part_leaves_is_brought_home_while_it_runs(tmp_path: Path, monkeypatch, capsys) -> None:
-    # Rows are written case by case; whoever lends the GPU may end everything between two of them.
-    folder, out = tmp_path / "folder", tmp_path / "out"
-    (folder / "suite").mkdir(parents=True)
-    out.mkdir()
-    (folder / "suite" / "linear.csv").write_text("rows")
-    seen: list[bool] = []
-    keep = gpu.keep
-    monkeypatch.setattr(gpu, "KEEP_S", 0.0)
-    monkeypatch.setattr(gpu, "keep", lambda *where: (keep(*where), seen.append((out / "linear.csv").exists())))
-    with (tmp_path / "log").open("w") as log:
-        gpu.run_part(gpu.Part("help", ("json.tool", "--help"), 1.0), log, folder, out, 30.0)
-    assert len(seen) > 1
-    assert all(seen)
-
-
-def test_an_interrupt_ends_the_part_that_runs(tmp_path: Path, monkeypatch, capsys) -> None:
-    (tmp_path / "sleeper.py").write_text("import os, time; print(os.getpid()); time.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    def interrupted(*where: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gpu, "KEEP_S", 0.0)
-    monkeypatch.setattr(gpu, "keep", interrupted)
-    with (tmp_path / "log").open("w") as log, pytest.raises(KeyboardInterrupt):
-        gpu.run_part(gpu.Part("sleeper", ("sleeper",), 1.0), log, tmp_path, tmp_path, 20.0)
-    process = int((tmp_path / "log").read_text().split()[-1])
-    with pytest.raises(ProcessLookupError):
-        os.kill(process, 0)
-
-
-def test_the_first_sigterm_is_an_interrupt_and_the_second_is_nothing(tmp_path: Path, monkeypatch) -> None:
-    def run(*_: object) -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            cleaned.append(True)
-
-    cleaned: list[bool] = []
-    monkeypatch.setattr(gpu, "run", run)
-    before = signal.getsignal(signal.SIGTERM)
-    # Not fatal without the handler that is tested: the test fails, and pytest goes on.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            gpu.main(["--device", "cpu", "--out", str(tmp_path)])
-        assert cleaned
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # as it was
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_a_child_of_a_stopped_part_does_not_hold_it_up(tmp_path: Path, monkeypatch, capsys) -> None:
-    # An inductor's workers have the same pipe for their output.
-    script = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
-    (tmp_path / "parent_of_a_sleeper.py").write_text(script)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    start = time.perf_counter()
-    with (tmp_path / "log").open("w") as log:
-        fault = gpu.run_part(gpu.Part("two", ("parent_of_a_sleeper",), 1.0), log, tmp_path, tmp_path, 3.0)
-    assert fault == "two: stopped after 3 s"
-    assert time.perf_counter() - start < 30
 
 
 def test_a_budget_on_a_cpu_leaves_the_targets_cases() -> None:

@@ -1,7 +1,10 @@
 """The script for a lent GPU, rehearsed on a CPU: every part's command, what a part's end costs, what comes home."""
 
 import json
+import os
+import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -150,6 +153,39 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert first_run.main([]) == first_run.NO_GPU
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_an_interrupt_ends_the_part_that_runs_and_brings_home_what_it_had(out, monkeypatch):
+    monkeypatch.setattr(
+        first_run, "parts", lambda *_: [part("a sleeper", f"import os; print(os.getpid()); {SLEEPER}", 60.0)]
+    )
+    log = out.parent / "out-work" / "1-00-a-sleeper.log"
+
+    def terminate():
+        while not (log.exists() and "begun" in log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # as make and timeout do
+
+    thread = threading.Thread(target=terminate, daemon=True)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        first_run.main(["--device", "cpu", "--out", str(out)])
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text().split()[0]), 0)
+    assert "running: a sleeper" in (out / "summary.txt").read_text()
+
+
+def test_a_child_of_a_stopped_part_does_not_hold_it_up(out, monkeypatch):
+    # An inductor's workers have the same output.
+    script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    monkeypatch.setattr(first_run, "parts", lambda *_: [part("two", script, 1.0)])
+    start = time.perf_counter()
+    assert run("1", "cpu", out, "") == 1
+    assert time.perf_counter() - start < 30
 
 
 # -- compiled ahead ----------------------------------------------------------------------------------------------------
