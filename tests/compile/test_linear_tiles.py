@@ -293,6 +293,22 @@ HOPPER_GEMM = next(
 )
 
 
+MATRIX = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "v_mfma"}
+"""What multiplies 16 rows: wgmma takes 64 at least, tcgen05 too."""
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_few_rows_under_fp32_adapters_run_on_the_matrix_unit(target: str, dtype: str) -> None:
+    family = FAMILY_OF_ARCH[target]
+    tile = tile_of(family, "mixed", "one_pass", rows=16, rank=16)
+    assert tile is not None
+    shipped = ShippedTile("one_pass", family, "mixed", False, tile)
+    opcodes = figures_of(shipped, variants(shipped)[0], target, (dtype, "fp32"), rank_by_16=True).opcodes
+    # In each step at least: the weight's product, and the adapter's two or three.
+    assert sum(count for name, count in opcodes.items() if name.startswith(MATRIX[target])) >= 3
+
+
 def test_the_hopper_gemm_runs_on_wgmma_and_tma() -> None:
     for variant in variants(HOPPER_GEMM):
         opcodes = figures_of(HOPPER_GEMM, variant, "sm_90").opcodes
