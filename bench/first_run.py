@@ -7,7 +7,7 @@ or, where call 1 found faults, where those come from; --later, within 540 s, is 
 of its own with a time-out: a crash, a hang or a lack of memory costs that part. In the folder, rewritten every 15 s:
 summary.txt, one screen of what ran, how it ended and the ratios, and all.tgz, everything written. Kernels that
 `bench.compiled_ahead` has left are used where its canary agrees. Nothing is installed, and neither make nor git is
-needed; the commit is $LORA_KERNELS_COMMIT where git does not know it.
+needed; rows name $LORA_KERNELS_COMMIT, where that is set, as the commit.
 
 Without a GPU it says so and ends with status 3. `--device cpu` rehearses: every part's command in a small form, as far
 as a CPU goes, and a list of what only a GPU can show.

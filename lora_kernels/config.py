@@ -6,7 +6,7 @@ LORA_KERNELS_BACKEND: what `backend="auto"` means in this process: `auto` (the p
 LORA_KERNELS_CACHE: the folder for what `lora-kernels tune` measures; empty switches it off. Default:
 $XDG_CACHE_HOME/lora_kernels, or ~/.cache/lora_kernels.
 
-LORA_KERNELS_COMMIT: what a benchmark's rows name as the commit where git cannot say it, in a copy of the tree.
+LORA_KERNELS_COMMIT: what a benchmark's rows name as the commit, in a copy of the tree that has another history or none.
 
 TRITON_INTERPRET is Triton's own: kernels decorated while it is set run in Triton's interpreter, on CPU tensors.
 

@@ -195,11 +195,16 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it; outside a checkout what the user says it is."""
+    """What the user says it is; else the checkout's commit, marked where tracked files differ from it.
+
+    In that order: a copy of the tree on a lent machine may have a history of its own.
+    """
+    if config.COMMIT:
+        return config.COMMIT
     here = str(Path(__file__).parent)
     commit = _output(["git", "-C", here, "rev-parse", "--short=12", "HEAD"])
     dirty = _output(["git", "-C", here, "status", "--porcelain", "--untracked-files=no"]) if commit else ""
-    return f"{commit}+changes" if dirty else commit or config.COMMIT
+    return f"{commit}+changes" if dirty else commit
 
 
 def _output(command: list[str]) -> str:

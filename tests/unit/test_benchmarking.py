@@ -345,6 +345,8 @@ def test_a_copy_of_the_tree_is_told_its_commit_and_a_gpu_has_a_driver(monkeypatc
     there = Environment.current(torch.device("cuda"))
     assert (there.commit, there.driver) == ("abc123", "unknown")
     monkeypatch.setattr(rows_of, "_output", lambda command: "0123" if "rev-parse" in command else "")
+    assert Environment.current(torch.device("cpu")).commit == "abc123"  # git may know another history there
+    monkeypatch.setattr(rows_of.config, "COMMIT", "")
     assert Environment.current(torch.device("cpu")).commit == "0123"
 
 
