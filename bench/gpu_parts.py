@@ -36,8 +36,10 @@ REPEATS = 300
 CUDA_BIN = "/usr/local/cuda/bin"
 LINEAR, BRANCH, REPLAY, STACK = (f"tests/gpu/test_{name}.py" for name in ("linear", "branch", "replay", "stack"))
 PERSISTENT, RANGE = "tests/gpu/test_persistent.py", "tests/gpu/test_fp16_range.py"
-LATER = "offsets_past or compiled or memory_saved or multiplications or captured_training"
-"""Of the tests: too long, too large, or another compiler's; each has a place in --later."""
+LARGE = "offsets_past or memory_saved or captured_training"
+"""Of the tests: too long or too large for the first day, and what --later is for."""
+LATER = f"compiled or {LARGE}"
+"""What call 1 leaves: what another compiler makes of the ops is call 2's."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ def _host(device: str, folder: Path) -> tuple[str, ...]:
     return ("-m", "bench.host", "--device", device, "--out", str(folder), *few)
 
 
+def _headline() -> str:
+    """Every contender but what torch compiles, which takes half a minute a case."""
+    chosen = (*providers.BASELINES, *providers.PEERS, providers.AUTO)
+    return ",".join(p.name for p in chosen if p not in (providers.COMPILED, providers.COMPILED_MAX))
+
+
 def _strategies() -> str:
     return ",".join(p.name for p in (providers.BASELINES[0], providers.ADDMM, *providers.OURS))
 
@@ -110,8 +118,11 @@ RIGHT = "whether the kernels are right there: wgmma, TMA and dependent launches 
 FAST = "every time in it"
 
 
-def parts(call: str, device: str, folder: Path, failed: Sequence[str]) -> list[Part]:
-    """What a call runs, in order; failed: the tests that call 1 left red, which call 2 then looks into."""
+def parts(call: str, device: str, folder: Path, failed: Sequence[str], *, warmed: bool) -> list[Part]:
+    """What a call runs, in order.
+
+    failed: the tests that call 1 left red, which call 2 then looks into; warmed: kernels compiled before are at hand.
+    """
     own = ("-m", "bench.gpu_parts")
     where = ("--device", device)
     interpreted = (("TRITON_INTERPRET", "1"),) if device == "cpu" else ()
@@ -126,43 +137,52 @@ def parts(call: str, device: str, folder: Path, failed: Sequence[str]) -> list[P
         RIGHT,
     )
     persistent = Part("tests of the persistent kernel", 40, _tests(device, "-x", PERSISTENT, workers=8), RIGHT)
-    repeat = Part("300 times the same bits", 40, (*own, "repeat", *where), "races", 4, interpreted)
+    repeat = Part(
+        "300 times the same bits", 40 if warmed else 35, (*own, "repeat", *where), "races", 4, interpreted
+    )  # fmt: skip
     info = Part("info", 10, ("-m", "lora_kernels", "info"), "the GPU's name and limits")
     warm = Part("every case once, in many processes", 45, (*own, "warm", *where), "kernels that do not load", 8)
+    right = [info, *([] if warmed else [warm]), mixed, linear, branch, repeat, persistent]
     if call == "1":
         strategies = _linear(device, folder, "strategies", "--suite", "strategies", "--providers", _strategies(),
                              "--budget", "0.2", total_s=55)  # fmt: skip
-        return [
-            info, mixed, linear, branch, repeat, persistent,
-            Part("ceilings and strategies", 70, strategies, FAST, 8),
-            Part("host time", 20, _host(device, folder), FAST),
-        ]  # fmt: skip
-    headline = _linear(device, folder, "headline", "--suite", "headline", "--budget", "0.35", total_s=70)
-    kernels = "fp32 adapters,one pass"
+        timed = Part("ceilings and strategies", 70, strategies, FAST, 8)
+        return [*right, timed, *([Part("host time", 20, _host(device, folder), FAST)] if warmed else [])]
+    headline = Part(
+        "headline", 85,
+        _linear(device, folder, "headline", "--suite", "headline", "--budget", "0.35", "--providers", _headline(),
+                total_s=70),
+        FAST, 8,
+    )  # fmt: skip
+    kernels = Part(
+        "kernels by themselves", 45, _kernels(device, folder, "beside,fp32 adapters,one pass", total_s=36), FAST, 4
+    )
     if call == "2" and failed:
         chosen = tuple(failed[:6])
         return [
             Part("what failed, alone", 50, _tests(device, *chosen, workers=1), RIGHT),
             Part("what failed, under memcheck", 85, (*own, "sanitize", *chosen), "reads and writes out of bounds"),
             Part("what failed, with mechanisms off", 100, (*own, "bisect", *chosen), "which mechanism it is"),
-            Part("headline", 60, headline, FAST, 8),
+            headline,
         ]
+    compiled = Part("tests of what is compiled", 55, _tests(device, "-k", "compiled", LINEAR, STACK, workers=4),
+                    "inductor and CUDA graphs around the ops")  # fmt: skip
     if call == "2":
         return [
-            warm,
-            Part("headline", 85, headline, FAST, 8),
+            headline,
             Part("a Llama-shaped step", 45, _step(device, folder, total_s=34), FAST, 24),
-            Part("kernels by themselves", 45, _kernels(device, folder, kernels, total_s=36), FAST, 4),
-            Part("tune", 40, _tune(device, total_s=20), FAST, 4),
-            Part("tests of what is compiled", 55, _tests(device, "-k", "compiled", LINEAR, STACK, workers=4),
-                 "inductor and CUDA graphs around the ops"),
+            kernels,
+            Part("torch.compile", 45,
+                 _linear(device, folder, "compile", "--suite", "headline", "--only", "8192", "--budget", "0.2",
+                         "--providers", f"{providers.BASELINES[0].name},{providers.COMPILED.name},auto", total_s=32),
+                 FAST, 8),
+            Part("tune", 35, _tune(device, total_s=20), FAST, 4),
+            compiled,
         ]  # fmt: skip
     return [
-        info, mixed, linear, branch, repeat, persistent,
-        Part("headline", 85, headline, FAST, 8),
-        Part("kernels by themselves", 45, _kernels(device, folder, kernels, total_s=36), FAST, 4),
+        *right, headline, *([kernels] if warmed else []),
         Part("tests that are long or large", 85,
-             _tests(device, "-k", "memory_saved or offsets_past or captured", LINEAR, BRANCH, STACK, workers=2),
+             _tests(device, "-k", LARGE, LINEAR, BRANCH, STACK, workers=2),
              "offsets past 2^31 and what a call takes of the memory", 75),
     ]  # fmt: skip
 

@@ -332,10 +332,91 @@ def decodes(m: int, n: int, k: int, *, r: int = 16, mixed: bool = False) -> Grou
     return Group(f"one pass {m}x{n}x{k} r={r}{kind}", floor_us(2.0 * (n * k + m * (n + k)), 0), build)
 
 
+def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
+    """dx [m, k] = dy W + dyb A, and dA (and dB): one after the other, or the rank-sized products on a second stream.
+
+    The second stream's programs get the multiprocessors that the product leaves, and all of them once it has ended.
+    """
+
+    def build(device: torch.device) -> tuple[dict[str, Call], Call]:
+        from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
+        from lora_kernels.kernels.bwd_lora_b import bwd_lora_b
+        from lora_kernels.kernels.persistent import persistent
+        from lora_kernels.kernels.shrink import shrink
+
+        dy, x, weight = normal(device, m, n), normal(device, m, k), normal(device, n, k, std=n**-0.5)
+        dyb, xa, lora_A = normal(device, m, r), normal(device, m, r), normal(device, r, k)
+        lora_B = normal(device, n, r)
+        big = tile_of("hopper", "16", "persistent", columns=k, rank=r)
+        tile_a, tile_b, tile_s = (
+            tile_of("hopper", "16", kernel, rank=r) for kernel in ("bwd_lora_a", "bwd_lora_b", "shrink")
+        )
+        assert big is not None and tile_a is not None and tile_b is not None and tile_s is not None
+        side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+        def from_x() -> None:
+            splits = max(1, 264 // -(-k // tile_a.block_k))
+            bwd_lora_a(x=x, dyb=dyb, seed=None, threshold=0, splits=splits, precision="ieee", tile=tile_a)
+
+        def from_dy() -> None:
+            bwd_lora_b(
+                dy=dy, lora_B=lora_B, xa=xa, bias_dtype=None, needs_dyb=False, scale=1.0,
+                splits=max(1, 132 // -(-n // tile_b.block_n)), precision="ieee", tile=tile_b,
+            )  # fmt: skip
+
+        def for_dyb() -> None:
+            shrink(
+                x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=1.0, splits=1, precision="ieee", tile=tile_s
+            )  # fmt: skip
+
+        def run(programs: int, works: Sequence[Callable[[], None]], where: str) -> Tensor:
+            def product() -> Tensor:
+                if programs == 0:
+                    return torch.mm(dy, weight)
+                return persistent(
+                    lhs=dy, weight=weight, transpose_weight=False, s=dyb, e=lora_A, bias=None, tile=big,
+                    sm_count=programs,
+                )  # fmt: skip
+
+            if where == "beside" and side is not None:
+                main = torch.cuda.current_stream(device)
+                side.wait_stream(main)
+                out = product()
+                with torch.cuda.stream(side):
+                    for work in works:
+                        work()
+                main.wait_stream(side)
+                return out
+            out = product()
+            for work in works:
+                work()
+            return out
+
+        calls: dict[str, Call] = {"library": partial(run, 0, (), "")}
+        calls["library, then dA"] = partial(run, 0, (from_x,), "")
+        calls["library beside dA"] = partial(run, 0, (from_x,), "beside")
+        for programs in (132, 128, 124, 120, 112):
+            calls[f"persistent /{programs}"] = partial(run, programs, (), "")
+        calls["persistent /132, then dA"] = partial(run, 132, (from_x,), "")
+        calls["persistent /132, then dB, dA"] = partial(run, 132, (from_dy, from_x), "")
+        for programs in (132, 128, 124, 120, 112):
+            calls[f"persistent /{programs} beside dA"] = partial(run, programs, (from_x,), "beside")
+            calls[f"persistent /{programs} beside dB, dA"] = partial(run, programs, (from_dy, from_x), "beside")
+            # Not the order of a backward: what a kernel would have to do that makes dyb while it multiplies.
+            calls[f"persistent /{programs} beside dyb"] = partial(run, programs, (for_dyb,), "beside")
+        return calls, lambda: torch.mm(dy.float(), weight.float()) + dyb.float() @ lora_A.float()
+
+    return Group(f"beside the product dx {m}x{k}x{n} r={r}", floor_us(2.0 * (m * k + n * k + m * n), 2.0 * m * n * k), build)
+
+
 def groups() -> list[Group]:
     """All of them, most telling first."""
     q = {"m": 8192, "n": 4096, "k": 4096}
     return [
+        beside(8192, 4096, 4096),
+        beside(8192, 14336, 4096),
+        beside(8192, 4096, 14336),
+        beside(8192, 1024, 4096),
         product(**q, forward=True, sizes=BIG),
         product(**q, forward=False, sizes=BIG),
         product(8192, 14336, 4096, forward=True, sizes=BIG[:6]),

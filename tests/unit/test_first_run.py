@@ -17,7 +17,8 @@ from bench.gpu_parts import Part, parts
 from lora_kernels.benchmarking.records import Record, read_csv, write_csv
 
 SLEEPER = "import signal, time; signal.signal(2, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
-RED = "FAILED tests/gpu/test_linear.py::test_a[bf16] - AssertionError"
+TEST = "tests/gpu/test_linear.py::test_a[plain-(150, 200, 168)-bf16]"
+RED = f"FAILED {TEST} - AssertionError: 3 - 2"
 
 
 def part(title, code, limit_s=20.0, needs_gib=0.0):
@@ -35,7 +36,7 @@ PARTS = [
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    monkeypatch.setattr(first_run, "parts", lambda *_: PARTS)
+    monkeypatch.setattr(first_run, "parts", lambda *_, **__: PARTS)
     monkeypatch.setattr(first_run, "KEEP_S", 0.2)
     monkeypatch.setattr(first_run, "LOCAL", tmp_path / "local")
     monkeypatch.setattr(compiled_ahead, "FOLDER", tmp_path / "compiled")
@@ -45,11 +46,12 @@ def out(tmp_path, monkeypatch):
 # Of call 1 all; of the others what it does not have. Parts that compare times are no matter of right and wrong here.
 @pytest.mark.parametrize(
     ("call", "words"),
-    [("1", ""), ("2", "every case,Llama,kernels by,tune,compiled"), ("later", "headline,long")],
+    [("1", ""), ("2", "Llama,kernels by,torch.compile,tune,tests of what"), ("later", "headline,long")],
 )
 def test_every_command_is_one_that_runs(tmp_path, monkeypatch, call, words):
     monkeypatch.setattr(first_run, "LOCAL", tmp_path / "local")
-    asked = [p.title for p in parts(call, "cpu", tmp_path, []) if any(word in p.title for word in words.split(","))]
+    monkeypatch.setattr(compiled_ahead, "CACHE", tmp_path / "cache")  # else whatever this machine has compiled ahead
+    asked = [p.title for p in parts(call, "cpu", tmp_path, [], warmed=False) if any(word in p.title for word in words.split(","))]
     status = run(call, "cpu", tmp_path / "out", words)
     text = (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
     assert status == 0, text
@@ -71,7 +73,7 @@ def test_a_part_costs_only_itself(out):
         assert line in text
     assert "begun" in text
     assert "the last line" in text
-    assert "1 tests failed:\n  tests/gpu/test_linear.py::test_a[bf16]\n" in text
+    assert f"1 tests failed:\n  {TEST}\n" in text
     with tarfile.open(out / "all.tgz") as archive:
         logs = sorted(name for name in archive.getnames() if name.endswith(".log"))
     slugs = ("a-crash", "a-hang", "garbage", "a-red-test", "what-is-right")
@@ -80,12 +82,12 @@ def test_a_part_costs_only_itself(out):
 
 def test_call_2_looks_into_what_call_1_left_red(out, monkeypatch):
     asked = []
-    monkeypatch.setattr(first_run, "parts", lambda *given: asked.append(given[3]) or PARTS)
+    monkeypatch.setattr(first_run, "parts", lambda *given, **_: asked.append(given[3]) or PARTS)
     first_run.main(["--device", "cpu", "--out", str(out), "--only", "red"])
     first_run.main(["--device", "cpu", "--out", str(out), "--only", "right", "--call", "2"])
-    assert asked[-2] == ["tests/gpu/test_linear.py::test_a[bf16]"]
+    assert asked[-2] == [TEST]
     assert "call 1 left 1 failed tests" in (out / "summary.txt").read_text(encoding="utf-8")
-    red, green = (gpu_parts.parts("2", "cuda", out, failed) for failed in (["tests/gpu/test_linear.py::test_a"], []))
+    red, green = (gpu_parts.parts("2", "cuda", out, failed, warmed=True) for failed in ([TEST], []))
     assert {p.title for p in red} - {p.title for p in green} >= {"what failed, under memcheck"}
 
 
@@ -107,24 +109,28 @@ def test_what_is_done_is_at_home_while_a_part_runs(out, monkeypatch):
 
 
 def test_what_does_not_fit_is_named_and_left_out(out, monkeypatch):
-    monkeypatch.setattr(first_run, "parts", lambda *_: [part("large", "", needs_gib=75), PARTS[-1]])
+    monkeypatch.setattr(first_run, "parts", lambda *_, **__: [part("large", "", needs_gib=75), PARTS[-1]])
     monkeypatch.setattr(first_run, "memory_gib", lambda _: 40.0)
     assert run("1", "cpu", out, "") == 1
     assert "large: left out: needs 75 GiB of GPU memory, there are 40" in (out / "summary.txt").read_text()
+    monkeypatch.setattr(first_run, "parts", lambda *_, **__: [PARTS[-1]])
     monkeypatch.setitem(LIMITS, "1", 3.0)
     assert run("1", "cpu", out, "") == 1
     assert "== what is right: left out, for want of time" in (out / "summary.txt").read_text()
 
 
-@pytest.mark.parametrize("failed", [[], ["tests/gpu/test_linear.py::test_a"]])
+@pytest.mark.parametrize("warmed", [False, True])
+@pytest.mark.parametrize("failed", [[], [TEST]], ids=["green", "red"])
 @pytest.mark.parametrize("call", LIMITS)
-def test_a_call_fits_its_limit(tmp_path, call, failed):
-    listed = parts(call, "cuda", tmp_path, failed)
+def test_a_call_fits_its_limit(tmp_path, call, failed, warmed):
+    listed = parts(call, "cuda", tmp_path, failed, warmed=warmed)
     # Of each part, beside its time: its start, and up to eight seconds to end it.
     assert sum(each.limit_s for each in listed) <= LIMITS[call] - 10
     assert len({each.title for each in listed}) == len(listed)
     assert sum(LIMITS[c] for c in ("1", "2")) <= 760  # of 900 s, with two starts of a machine
     assert all(each.shows for each in listed)
+    # Tests in many processes that compile would compile the same kernels in each.
+    assert any(each.command[1:3] == ("bench.gpu_parts", "warm") for each in listed) == (call != "2" and not warmed)
 
 
 def test_the_summary_has_the_ratio_with_the_hosts_time_and_in_a_graph_beside_it(tmp_path):
@@ -144,9 +150,9 @@ def test_the_summary_has_the_ratio_with_the_hosts_time_and_in_a_graph_beside_it(
 
 def test_failed_tests_are_found_in_a_run_that_was_stopped(tmp_path):
     log = tmp_path / "log"
-    log.write_text(f"[gw0] PASSED tests/gpu/x.py::a\n[gw1] [ 3%] FAILED tests/gpu/x.py::b[1]\n{RED}\n{RED}\n")
+    log.write_text(f"[gw0] PASSED tests/gpu/x.py::a\n[gw1] [  3%] FAILED tests/gpu/x.py::b[(1, 2)-p] \n{RED}\n{RED}\n")
     found = failed_tests([first_run.Outcome("tests", "stopped after 9 s", 9.0, log)])
-    assert found == ["tests/gpu/x.py::b[1]", "tests/gpu/test_linear.py::test_a[bf16]"]
+    assert found == ["tests/gpu/x.py::b[(1, 2)-p]", TEST]
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
@@ -157,7 +163,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 
 def test_an_interrupt_ends_the_part_that_runs_and_brings_home_what_it_had(out, monkeypatch):
     monkeypatch.setattr(
-        first_run, "parts", lambda *_: [part("a sleeper", f"import os; print(os.getpid()); {SLEEPER}", 60.0)]
+        first_run, "parts", lambda *_, **__: [part("a sleeper", f"import os; print(os.getpid()); {SLEEPER}", 60.0)]
     )
     log = out.parent / "out-work" / "1-00-a-sleeper.log"
 
@@ -182,7 +188,7 @@ def test_an_interrupt_ends_the_part_that_runs_and_brings_home_what_it_had(out, m
 def test_a_child_of_a_stopped_part_does_not_hold_it_up(out, monkeypatch):
     # An inductor's workers have the same output.
     script = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
-    monkeypatch.setattr(first_run, "parts", lambda *_: [part("two", script, 1.0)])
+    monkeypatch.setattr(first_run, "parts", lambda *_, **__: [part("two", script, 1.0)])
     start = time.perf_counter()
     assert run("1", "cpu", out, "") == 1
     assert time.perf_counter() - start < 30
