@@ -406,7 +406,9 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
             calls[f"persistent /{programs} beside dyb"] = partial(run, programs, (for_dyb,), "beside")
         return calls, lambda: torch.mm(dy.float(), weight.float()) + dyb.float() @ lora_A.float()
 
-    return Group(f"beside the product dx {m}x{k}x{n} r={r}", floor_us(2.0 * (m * k + n * k + m * n), 2.0 * m * n * k), build)
+    return Group(
+        f"beside the product dx {m}x{k}x{n} r={r}", floor_us(2.0 * (m * k + n * k + m * n), 2.0 * m * n * k), build
+    )
 
 
 def groups() -> list[Group]:

@@ -51,7 +51,11 @@ def out(tmp_path, monkeypatch):
 def test_every_command_is_one_that_runs(tmp_path, monkeypatch, call, words):
     monkeypatch.setattr(first_run, "LOCAL", tmp_path / "local")
     monkeypatch.setattr(compiled_ahead, "CACHE", tmp_path / "cache")  # else whatever this machine has compiled ahead
-    asked = [p.title for p in parts(call, "cpu", tmp_path, [], warmed=False) if any(word in p.title for word in words.split(","))]
+    asked = [
+        p.title
+        for p in parts(call, "cpu", tmp_path, [], warmed=False)
+        if any(word in p.title for word in words.split(","))
+    ]
     status = run(call, "cpu", tmp_path / "out", words)
     text = (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
     assert status == 0, text
