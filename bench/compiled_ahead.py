@@ -210,7 +210,7 @@ def compile_problem(given: tuple[Problem, bool]) -> str:
 
 def compile_group(index: int) -> str:
     """The same for one group of bench.kernels."""
-    from bench.kernels import NOT_OURS, groups
+    from bench.kernel_groups import NOT_OURS, groups
 
     group, faults = groups()[index], []
     with compiling():
@@ -226,7 +226,7 @@ def compile_group(index: int) -> str:
 
 def fill(total_s: float, jobs: Sequence[tuple[str, Any]] | None = None) -> int:
     """Fills CACHE anew, as far as the time goes; returns how many jobs had a fault or were left out."""
-    from bench.kernels import groups
+    from bench.kernel_groups import groups
 
     if jobs is None:
         jobs = [("problem", given) for given in problems()] + [("group", index) for index in range(len(groups()))]

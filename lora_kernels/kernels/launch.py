@@ -29,9 +29,12 @@ MOST_BINARIES = 8192
 
 
 class _Observer(threading.local):
-    """Who is told of this thread's launches: a recorder (`replay`), or nobody."""
+    """Who is told of this thread's launches and forks: a recorder (`replay`), or nobody; and where launches go."""
 
     launched: Callable[["Launch"], None] | None = None
+    forked: Callable[[], None] | None = None
+    beside: int | None = None
+    """The stream of a fork (`kernels.beside`); None: the current one."""
 
 
 observer = _Observer()
@@ -83,17 +86,23 @@ def launch(
     elif is_profiled():
         compiled[launched.grid](*launched.args)
     else:
-        launched.run(driver.active.get_current_stream(device), launched.args)
+        stream = driver.active.get_current_stream(device) if observer.beside is None else observer.beside
+        launched.run(stream, launched.args)
     if observer.launched is not None:
-        observer.launched(launched._replace(compiled=compiled))
+        observer.launched(launched._replace(compiled=compiled, beside=observer.beside is not None))
 
 
 class Launch(NamedTuple):
-    """What was launched: the binary, three sizes of its grid, and the arguments with the constexprs behind them."""
+    """What was launched: the binary, three sizes of its grid, the arguments with the constexprs behind them, and where.
+
+    beside: on the second stream of a fork. Triton's own way, of a first launch and of a profiled one, knows the current
+    stream alone; that is late for its place in the order, and not wrong.
+    """
 
     compiled: Any
     grid: tuple[int, ...]
     args: Sequence[Any]
+    beside: bool = False
 
     def run(self, stream: int, args: Sequence[Any]) -> None:
         """The same launch with these arguments in the places of its own."""

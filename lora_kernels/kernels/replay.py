@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
+from lora_kernels.kernels.beside import Fork
 from lora_kernels.kernels.interpreter import is_interpreting
 from lora_kernels.kernels.launch import ALIGNMENT, Launch, is_profiled, observer
 
@@ -49,13 +50,18 @@ class Recipe(NamedTuple):
     steps: tuple[Step, ...]
     outputs: tuple[int | None, ...]
     """Slots."""
+    fork: int | None
+    """The step before which the call forks, to its end."""
     plan: object
     """Whose id is part of the key: kept, so that no other object gets that id."""
 
     def follow(self, inputs: Inputs, device: torch.device, stream: int) -> Outputs:
         """The outputs for these inputs."""
         slots = list(inputs)
-        for allocations, launch, tensors, descriptors, last in self.steps:
+        fork = None
+        for index, (allocations, launch, tensors, descriptors, last) in enumerate(self.steps):
+            if index == self.fork:
+                fork = Fork.of(device)
             for shape, strides, dtype in allocations:
                 # torch.empty takes 1.4 times as long (`bench.choices`).
                 slots.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
@@ -64,10 +70,12 @@ class Recipe(NamedTuple):
                 args[place] = slots[slot]
             for place, slot, kind, attributes in descriptors:
                 args[place] = _described(kind, attributes, slots[slot])
-            launch.run(stream, args)
+            launch.run(fork.second.cuda_stream if fork is not None and launch.beside else stream, args)
             args.clear()  # so that the slots are the last to hold a tensor
             for slot in last:
                 slots[slot] = None
+        if fork is not None:
+            fork.join()
         return tuple([None if slot is None else slots[slot] for slot in self.outputs])
 
 
@@ -104,7 +112,8 @@ def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...
     )  # fmt: skip
     recipe = _recipes.get(key)
     if isinstance(recipe, Recipe):
-        return recipe.follow(inputs, present.device, driver.active.get_current_stream(torch.cuda.current_device()))
+        current = driver.active.get_current_stream(torch.cuda.current_device())
+        return recipe.follow(inputs, present.device, current if observer.beside is None else observer.beside)
     if recipe == SEEN and _recording.acquire(blocking=False):
         try:
             outputs, recipe = _recorded(run, inputs, values, plan)
@@ -133,12 +142,12 @@ def _recorded(
 ) -> tuple[Outputs, Recipe | None]:
     """The call's outputs, and its recipe if it can be repeated."""
     recorder = _Recorder(inputs)
-    observer.launched = recorder.launched
+    observer.launched, observer.forked = recorder.launched, recorder.forked
     try:
         with recorder:
             outputs = run(*inputs, *values, plan)
     finally:
-        observer.launched = None
+        observer.launched = observer.forked = None
     return outputs, recorder.recipe(outputs, plan)
 
 
@@ -154,6 +163,7 @@ class _Recorder(TorchDispatchMode):
         self.made = 0
         """How many of them are some step's."""
         self.steps: list[Step] = []
+        self.fork: int | None = None
         self.repeatable = True
         """Every tensor is an input or an allocation, from its beginning, and could not be either of two."""
         for slot, tensor in enumerate(inputs):
@@ -174,6 +184,9 @@ class _Recorder(TorchDispatchMode):
         elif not func.is_view:
             self.repeatable = False
         return out
+
+    def forked(self) -> None:
+        self.fork = len(self.steps)
 
     def launched(self, launch: Launch) -> None:
         args, places, descriptors = list(launch.args), [], []
@@ -210,10 +223,13 @@ class _Recorder(TorchDispatchMode):
         needed = set(results)
         for index, step in reversed(list(enumerate(self.steps))):
             used = {slot for _, slot, *_ in (*step.tensors, *step.descriptors)}
+            if self.fork is not None and index >= self.fork:  # the other stream may be behind
+                needed |= used
+                continue
             last = tuple(slot for slot in used - needed if slot >= self.inputs)
             self.steps[index] = step._replace(last=last)
             needed |= used
-        return Recipe(tuple(self.steps), tuple(results), plan)
+        return Recipe(tuple(self.steps), tuple(results), self.fork, plan)
 
 
 def _layout(t: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:

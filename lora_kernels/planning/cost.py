@@ -49,7 +49,20 @@ TORCH_MASK_BYTES = 200
 TORCH_MASK_LAUNCHES = 100
 MIXED_PRODUCTS = {torch.bfloat16: 3, torch.float16: 4}
 """A 16-bit operand beside an fp32 one: three bf16 products, or two of tf32, each at half of the 16-bit rate."""
+BESIDE_US = 5.0
+"""What dA adds to a product that it runs beside, on an H200: 5.1 us to 349.6 for x [8192, 4096], where it takes 30 by
+itself; 6.8 to 1186 where K of the product is 14336; 18 to 1232 for x [8192, 14336]."""
+BESIDE_GB_S = 60.0
+"""What a multiprocessor without a tile reads meanwhile: four and a short tail read 134 MB in 374 us beside 350."""
 LANES_GHZ = 128 * 1.7  # instructions a multiprocessor issues in a nanosecond, all lanes counted
+
+
+def runs_beside(problem: Problem) -> bool:
+    """Whether a pass over x is to run on a second stream, beside a product: where it takes longer than that costs."""
+    if problem.family != "hopper" or problem.device_type != "cuda":
+        return False
+    rates = rates_of(problem.family, problem.device)
+    return problem.M * problem.K * problem.dtype.itemsize / (1e6 * COPY * rates.tbytes) + LAUNCH_US > BESIDE_US
 
 
 class Costs:
@@ -95,9 +108,14 @@ class Costs:
         columns = p.K if backward else p.N
         tile = (self._tiles.get(f"backward.{kernel}") if backward else None) or self._tiles[kernel]
         count = -(-p.M // tile.block_m) * -(-columns // tile.block_n) / p.sm_count
-        # fp32 adapters expand in three products of bf16.
-        expand = 3 * padded_rank(p.R) / (p.N if backward else p.K) if p.width == "mixed" else 0.0
+        # fp32 adapters expand in three products of bf16, and are not the persistent kernel's.
+        in_parts = p.width == "mixed" and way.strategy != "persistent"
+        expand = 3 * padded_rank(p.R) / (p.N if backward else p.K) if in_parts else 0.0
         return self._gemm(self._rate[kind], extra_work=expand, waves=math.ceil(count) / count)
+
+    def _expand(self, columns: int, mask_us: float = 0.0) -> float:
+        """What a product cannot add, a mask or fp32 adapters, added to what it has written."""
+        return max(self._pass(self._problem.M, columns, 2), mask_us, SMALL_US) + LAUNCH_US
 
     def _forward(self, way: Way) -> float:
         p = self._problem
@@ -108,13 +126,16 @@ class Costs:
             read = self._gemm(1.0, extra_work=padded_rank(p.R) / tile_n) / ONE_PASS[p.width]
             return read + launches * LAUNCH_US
         shrink = max(self._pass(p.M, p.K, 1), self._mask("streamed"), SMALL_US) + LAUNCH_US
+        if way.strategy == "persistent" and p.width == "mixed":
+            gemm = self._fused(way)
+            return gemm + self._from_x(gemm, p.N) + LAUNCH_US + self._expand(p.N)
         if way.strategy in ("shrink_fused", "persistent"):
             return shrink + self._fused(way) + LAUNCH_US
         if way.backend == "torch":
             shrink += self._torch_mask() + self._conversion(p.M, p.K) + self._conversion(p.M, p.N)
         gemm = self._gemm(1.0) + LAUNCH_US
         if way.backend == "triton" and p.width == "mixed":  # expanded into what the library has written
-            return shrink + gemm + max(self._pass(p.M, p.N, 2), SMALL_US) + LAUNCH_US
+            return shrink + gemm + self._expand(p.N)
         # The library's last product adds onto what its first has written.
         return shrink + max(self._pass(p.M, p.N, 1), SMALL_US) + LAUNCH_US + gemm + self._pass(p.M, p.N, ADDING)
 
@@ -125,14 +146,33 @@ class Costs:
             converted = 2 * self._conversion(p.M, p.N) + 2 * self._conversion(p.M, p.K)
             rank_sized = 2 * read_dy + read_x + converted + self._torch_mask()
         else:
-            rank_sized = read_dy + self._dyb() + max(read_x, self._mask("streamed"))
-        if way.strategy in ("fused", "persistent"):
+            rank_sized = read_dy + self._dyb()
+        apart = p.width == "mixed" or p.dropout
+        if way.strategy == "persistent":
+            gemm = self._fused(way, backward=True)
+            rank_sized += self._expand(p.K, self._mask("accumulator")) if apart else 0.0
+        elif way.strategy == "fused":
             gemm = self._fused(way, backward=True) + self._mask("accumulator")
-        elif way.backend == "triton" and p.width == "mixed" and not p.dropout:
-            gemm = self._gemm(1.0) + self._pass(p.M, p.K, 2) + LAUNCH_US
+        elif way.backend == "triton" and apart:
+            gemm = self._gemm(1.0)
+            rank_sized += self._expand(p.K, self._mask("accumulator"))
         else:  # dx holds its low-rank term before the library adds to it
             gemm = self._pass(p.M, p.K, 1 + ADDING) + self._gemm(1.0)
+        if way.backend == "triton":
+            rank_sized += self._from_x(gemm, p.K)
         return rank_sized + gemm + BACKWARD_LAUNCHES * LAUNCH_US
+
+    def _from_x(self, product_us: float, columns: int) -> float:
+        """dA or xa, by itself or beside a product of this time and so many columns."""
+        p = self._problem
+        alone = max(self._pass(p.M, p.K, 1), self._mask("streamed"))
+        if not runs_beside(p):
+            return alone
+        tiles = -(-p.M // 128) * -(-columns // 256)
+        idle = p.sm_count - -(-tiles // -(-tiles // p.sm_count))
+        hidden = idle * BESIDE_GB_S * 1e3 * product_us
+        read = p.M * p.K * p.dtype.itemsize
+        return min(alone, BESIDE_US + alone * max(0.0, 1 - hidden / read))
 
     def _dyb(self) -> float:
         """Beside dB from dy: fp32 shares of dyb, written and read again, or dy once more."""

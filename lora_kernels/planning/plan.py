@@ -17,7 +17,7 @@ import torch
 
 from lora_kernels.errors import ArgumentError, UnsupportedError
 from lora_kernels.planning import tiles
-from lora_kernels.planning.cost import Costs
+from lora_kernels.planning.cost import Costs, runs_beside
 from lora_kernels.planning.device import cpu_capabilities
 from lora_kernels.planning.measured import Direction, Key, Timings, row_bucket
 from lora_kernels.planning.tiles import Family, Tile, Width
@@ -131,6 +131,7 @@ class Plan:
         sm_count: multiprocessors, each of which runs one program of a persistent kernel.
         use_tma: whether the large GEMMs may use tensor descriptors.
         use_pdl: whether the forward's GEMM may start before the shrink ends (programmatic dependent launch, with TMA).
+        beside: whether dA is computed while dx is, on a second stream.
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
@@ -149,6 +150,7 @@ class Plan:
     sm_count: int = 1
     use_tma: bool = False
     use_pdl: bool = False
+    beside: bool = False
     dy_reads: int = 1
     one_pass_splits: int = 1
     xa_splits: int = 1
@@ -222,7 +224,7 @@ def ways_of(problem: Problem, direction: Direction, backends: tuple[Backend, ...
         ways.append(Way("triton", "library"))
         if not backward and _one_row_of_tiles(problem):
             ways.append(Way("triton", "one_pass"))
-        if _persistent_serves(problem) and not (backward and problem.dropout):
+        if _persistent_serves(problem):
             ways.append(Way("triton", "persistent"))
     return ways
 
@@ -290,6 +292,7 @@ def kernel_choices(problem: Problem) -> Plan:
         dy_reads=2 if shares_of_dyb is None else 1,
         use_tma=problem.has_descriptors,
         use_pdl=problem.has_descriptors,  # sm_90 brought both
+        beside=runs_beside(problem),
         one_pass_splits=one_pass_splits,
         xa_splits=_splits(problem, shrink_tiles, _tiles(k, shrink.block_k), per_sm.get("shrink", 1)),
         dyb_splits=_splits(problem, shrink_tiles, _tiles(n, shrink.block_k), per_sm.get("shrink", 1)),

@@ -99,14 +99,19 @@ def variants(shipped: ShippedTile) -> list[Variant]:
             flags = {"NEEDS_DYB": True, "NEEDS_D_B": True, "NEEDS_D_BIAS": True}
             return [Variant(("stride_dy_n", "stride_b_r"), flags)]
         case "expand":
+            plain = {"HAS_BASE": True, "HAS_BIAS": False} | dropout
             return [
-                Variant(("stride_base_n", "stride_e_r"), {"HAS_BASE": True, "HAS_BIAS": False}),
-                Variant(("stride_base_n", "stride_e_n"), {"HAS_BASE": False, "HAS_BIAS": False}),
-                # Onto the library's product, which only fp32 adapters need.
+                Variant(("stride_base_n", "stride_e_r"), plain),
+                Variant(("stride_base_n", "stride_e_n"), plain | {"HAS_BASE": False}),
+                # Onto the library's product, which cannot add fp32 adapters or a mask.
                 *[
-                    Variant(("stride_base_n", stride), {"HAS_BASE": True, "HAS_BIAS": bias})
+                    Variant(("stride_base_n", stride), plain | {"HAS_BIAS": bias})
                     for stride, bias in (("stride_e_r", True), ("stride_e_n", False))
                     if shipped.width == "mixed"
+                ],
+                *[
+                    Variant(("stride_base_n", "stride_e_n"), plain | {"HAS_DROPOUT": True, "HAS_OFFSET": shard})
+                    for shard in (False, True)
                 ],
             ]
     raise AssertionError(shipped.kernel)

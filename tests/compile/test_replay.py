@@ -6,6 +6,7 @@ import sys
 import threading
 import weakref
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ import triton.language as tl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from lora_kernels.kernels import replay
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels import beside, replay
+from lora_kernels.kernels.launch import Launch, launch
 from lora_kernels.kernels.replay import Recipe, replayed
 from lora_kernels.ops import Needs, _branch_triton, _linear_triton
 from lora_kernels.ops._needs import BranchNeeds
@@ -73,7 +74,7 @@ def assert_repeats(driver, monkeypatch, call, fresh):
             monkeypatch.setattr(replay, "_recorded", lambda *_: pytest.fail("recorded again"))
             for module in (_linear_triton, _branch_triton):
                 for name in ("shrink", "bwd_lora_a", "from_dy", "bwd_dx_lora_a"):
-                    monkeypatch.setattr(module, name, lambda **_: pytest.fail("ran as written"))
+                    monkeypatch.setattr(module, name, lambda **_: pytest.fail("ran as written"), raising=False)
         outputs = call(inputs)
         of_outputs = [t if t is None else (t.shape, t.dtype, t.is_contiguous()) for t in outputs]
         addresses = {t.data_ptr() for t in outputs if t is not None}
@@ -439,3 +440,66 @@ assert outputs[0].shape == (4,)
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("strategy", ["shrink_fused", "library", "persistent"])
+@pytest.mark.parametrize("width", ["16", "mixed"])
+def test_d_a_is_launched_beside_the_product(driver, monkeypatch, width, strategy, p):
+    # As written, recorded and repeated: after the fork the product of dx, dA on the second stream, then the join, and
+    # no memory of the call is free again before that.
+    dtype, adapters = WIDTH_DTYPES[width]
+    problem = problem_of(width, p)
+    plan = replace(paired(problem, make_plan(problem, "triton", triton_available=True), strategy), beside=True)
+    seen, inside, freed = [], [], []
+
+    class Stream:
+        cuda_stream = 77
+
+    class Fake(beside.Fork):
+        @staticmethod
+        def of(device):
+            seen.append("fork")
+            return Fake(Stream, Stream)
+
+        def join(self):
+            freed.append(sum(storage.expired() for storage in inside))
+            seen.append("join")
+
+    run = Launch.run
+
+    def seen_run(launch, stream, args):
+        seen.append((name_of(launch), stream))
+        if seen.count("fork") > seen.count("join"):
+            tensors = [arg.base if hasattr(arg, "base") else arg for arg in args]
+            inside.extend(StorageWeakRef(t.untyped_storage()) for t in tensors if isinstance(t, torch.Tensor))
+        run(launch, stream, args)
+        driver.raw.clear()  # which would keep them
+
+    def name_of(launch):
+        return launch.compiled.metadata.name.removesuffix("_kernel")
+
+    monkeypatch.setattr(Launch, "run", seen_run)
+    monkeypatch.setattr(beside, "has_streams", lambda t: True)
+    for module in (beside, replay):
+        monkeypatch.setattr(module, "Fork", Fake)
+    i = make_linear_inputs(16, 64, 80, 16, dtype=dtype, adapter_dtype=adapters)
+    xa, mask = torch.randn(16, 16, dtype=adapters), torch.tensor([1]) if p else None
+    needs = Needs(x=True, weight=False, lora_A=True, lora_B=True, bias=False)
+    told = []
+    for _ in range(5):
+        seen.clear()
+        _linear_triton.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, mask, 2.0, p, needs, plan)
+        inside.clear()
+        told.append(list(seen))
+    # As written dA's shares are free as soon as nothing is allocated any more; repeated, at the end of the call.
+    assert strategy == "library" or freed[2:] == [0, 0, 0]
+    assert told[1] == told[2] == told[3] == told[4]
+    before, after = told[4][: told[4].index("fork")], told[4][told[4].index("fork") + 1 : told[4].index("join")]
+    assert told[4][-1] == "join"
+    assert {stream for _, stream in before} == {0}
+    assert [name for name, stream in after if stream == 77] == ["bwd_lora_a", "reduce_partials"]
+    assert all(
+        stream == 0 for name, stream in after if name in ("gemm_expand", "gemm_expand_tma", "persistent", "expand")
+    )
+    assert [name for name, stream in after].index("bwd_lora_a") > 0 or strategy == "library"
