@@ -32,20 +32,21 @@ class Driver:
     def __init__(self, launched: Launched, target: GPUTarget | None = None) -> None:
         self.launched = launched
         self.target = target or GPUTarget("cuda", 90, 32)
-        self.device = 0
-        self.binaries = 0
+        self.device = self.stream = 0
+        self.names: list[str] = []
+        """Of the kernels loaded; their place from 1 is what a launch knows them by."""
         shared = {"max_shared_mem": 227 * 1024}
         self.utils = SimpleNamespace(load_binary=self.load, get_device_properties=lambda _: shared)
 
-    def load(self, *_: Any) -> tuple[object, int, int, int, int]:
-        self.binaries += 1
-        return object(), self.binaries, 32, 0, 1024
+    def load(self, name: str, *_: Any) -> tuple[object, int, int, int, int]:
+        self.names.append(name)
+        return object(), len(self.names), 32, 0, 1024
 
     def get_current_device(self) -> int:
         return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return 0
+        return self.stream
 
     def get_current_target(self) -> GPUTarget:
         return self.target

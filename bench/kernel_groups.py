@@ -356,11 +356,11 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
         calls: dict[str, Call] = {"library": partial(run, 0, (), "")}
         calls["library, then dA"] = partial(run, 0, (from_x,), "")
         calls["library beside dA"] = partial(run, 0, (from_x,), "beside")
-        for programs in (132, 128, 124, 120, 112):
+        for programs in (132, 124, 112):
             calls[f"persistent /{programs}"] = partial(run, programs, (), "")
         calls["persistent /132, then dA"] = partial(run, 132, (from_x,), "")
         calls["persistent /132, then dB, dA"] = partial(run, 132, (from_dy, from_x), "")
-        for programs in (132, 128, 124, 120, 112):
+        for programs in (132, 124, 112):
             calls[f"persistent /{programs} beside dA"] = partial(run, programs, (from_x,), "beside")
             calls[f"persistent /{programs} beside dB, dA"] = partial(run, programs, (from_dy, from_x), "beside")
             # Not the order of a backward: what a kernel would have to do that makes dyb while it multiplies.
@@ -372,35 +372,25 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
     )
 
 
-def expands(m: int, n: int, *, r: int = 16, mixed: bool = False, masked: bool = False) -> Group:
-    """base [m, n] + mask * (s e), in place."""
+def expands(m: int, n: int, *, r: int = 16, mixed: bool = False) -> Group:
+    """base [m, n] + s e."""
 
     def build(device: torch.device) -> tuple[dict[str, Call], Call]:
         from lora_kernels.kernels.expand import expand
 
         adapter = torch.float32 if mixed else BF16
         base, s, e = normal(device, m, n), normal(device, m, r, dtype=adapter), normal(device, r, n, dtype=adapter)
-        seed = torch.full((1,), 7, dtype=torch.int64, device=device) if masked else None
         out = torch.empty_like(base)
         calls: dict[str, Call] = {"library copies": lambda: out.copy_(base)}
         for bm, bn, warps in [(64, 128, 8), (128, 64, 8), (64, 64, 4), (64, 256, 8), (32, 128, 4), (32, 256, 8)]:
             tile = Tile(block_m=bm, block_n=bn, block_r=r, num_warps=warps, num_stages=1)
             calls[label("expand", tile)] = partial(
-                expand, base=base, s=s, e=e, seed=seed, threshold=THRESHOLD if masked else 0, out=out, out_dtype=BF16,
-                precision="tf32x3" if mixed else "ieee", tile=tile,
+                expand, base=base, s=s, e=e, out=out, out_dtype=BF16, precision="tf32x3" if mixed else "ieee",
+                tile=tile,
             )  # fmt: skip
+        return calls, lambda: base.float() + s.float() @ e.float()
 
-        def truth() -> Tensor:
-            low = s.float() @ e.float()
-            if seed is not None:
-                from lora_kernels.reference.philox import keep_mask
-
-                low = torch.where(keep_mask(seed, m, n, P), low, 0)
-            return base.float() + low
-
-        return calls, truth
-
-    kind = (", fp32 adapters" if mixed else "") + (", dropout" if masked else "")
+    kind = ", fp32 adapters" if mixed else ""
     return Group(f"expand {m}x{n} r={r}{kind}", floor_us(4.0 * m * n, 0), build)
 
 
@@ -414,8 +404,6 @@ def groups() -> list[Group]:
         beside(8192, 1024, 4096),
         beside(2048, 4096, 4096),
         beside(1024, 4096, 4096),
-        expands(8192, 4096, masked=True),
-        expands(8192, 4096, masked=True, mixed=True),
         expands(8192, 4096),
         expands(8192, 4096, mixed=True),
         product(**q, forward=True, sizes=BIG),

@@ -19,7 +19,7 @@ L2_FLUSH_BYTES = 512 * 2**20
 # About a millisecond of GPU clock between flush and start. The flush alone keeps the queue busy for 0.1 ms on an H200,
 # by its data sheet, in which a host launches a fused forward, but not PEFT's forward and backward: what is timed would
 # be Python.
-LEAD_CYCLES = 2_000_000
+LEAD_CYCLES = 5_000_000
 MIN_ROUNDS, MAX_ROUNDS = 6, 60  # where a time budget decides
 SLOW_ROUNDS = 3  # where one round takes more than the budget: a call of seconds is steadier than one of milliseconds
 

@@ -64,13 +64,13 @@ def forked(t: Tensor, *, when: bool) -> Iterator[AbstractContextManager[None]]:
     if observer.forked is not None:
         observer.forked()
     try:
-        yield _sent_to(fork.second.cuda_stream)
+        yield _sent_to(fork.second)
     finally:
         fork.join()
 
 
 @contextmanager
-def _sent_to(stream: int) -> Iterator[None]:
+def _sent_to(stream: "torch.cuda.Stream") -> Iterator[None]:
     observer.beside = stream
     try:
         yield

@@ -1,12 +1,11 @@
 """Expand: the product from the rank to a large tensor, onto one that is there or by itself.
 
-    out = base + bias + gain mask * (s e)        or        out = gain s e
+    out = base + bias + gain s e        or        out = gain s e
 
 Grid (tiles of out, along its rows first, so that programs side by side read and write the same rows). base is read
 once and out written once, which is what this kernel takes; s and e come from the cache. Called for
-y = base_out + xa B^T in the forward of a branch, for dx = dyb A in its backward without dropout, and onto what the
-library has multiplied, where that cannot add fp32 adapters or a mask. Scaling is already inside s, but for gain, as in
-`gemm_expand`. out may be base itself: each program reads and writes the same elements.
+y = base_out + xa B^T in the forward of a branch, and for dx = dyb A in its backward without dropout. Scaling is already
+inside s, but for gain, as in `gemm_expand`. out may be base itself: each program reads and writes the same elements.
 """
 
 import torch
@@ -14,18 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.device import expand_into, load_seed
-from lora_kernels.kernels.launch import ceil_div, has_offset, launch
+from lora_kernels.kernels.device import expand_into
+from lora_kernels.kernels.launch import ceil_div, launch
 from lora_kernels.planning.tiles import Tile
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])  # one binary for every number of tokens and every p
+@triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
 def expand_kernel(
-    base_ptr, s_ptr, e_ptr, bias_ptr, seed_ptr, out_ptr,
-    M, N, R, threshold, gain,
+    base_ptr, s_ptr, e_ptr, bias_ptr, out_ptr,
+    M, N, R, gain,
     stride_base_m, stride_base_n, stride_s_m, stride_e_r, stride_e_n,
-    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     num_n = tl.cdiv(N, BLOCK_N)
@@ -43,15 +41,11 @@ def expand_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_DROPOUT:
-        seed = load_seed(seed_ptr, HAS_OFFSET)
-    else:
-        seed = 0
     acc = expand_into(
-        acc, s_ptr, e_ptr, seed, threshold, gain,
+        acc, s_ptr, e_ptr, 0, 0, gain,
         M, N, R, offs_m, offs_n, pid_n * BLOCK_N,
         stride_s_m, stride_e_r, stride_e_n,
-        HAS_DROPOUT, WIDE, PRECISION, BLOCK_N, BLOCK_R,
+        False, WIDE, PRECISION, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     tl.store(out_ptr + rows * N + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -62,15 +56,13 @@ def expand(
     s: Tensor,
     e: Tensor,
     bias: Tensor | None = None,
-    seed: Tensor | None = None,
-    threshold: int = 0,
     out: Tensor | None = None,
     out_dtype: torch.dtype,
     gain: float = 1.0,
     precision: str,
     tile: Tile,
 ) -> Tensor:
-    """base [M, N] + bias [N] + gain mask * (s [M, R] @ e [R, N]), contiguous in out_dtype; no base: the product alone.
+    """base [M, N] + bias [N] + gain s [M, R] @ e [R, N], contiguous in out_dtype; no base: the product alone.
 
     s has unit stride along R, bias unit stride; out, contiguous and of out_dtype, is written instead of a new tensor.
     """
@@ -80,11 +72,10 @@ def expand(
     grid = (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n),)
     launch(
         expand_kernel, grid,
-        base, s, e, bias, seed, out,
-        m, n, r, threshold, gain,
+        base, s, e, bias, out,
+        m, n, r, gain,
         *(out if base is None else base).stride(), s.stride(0), *e.stride(),
-        HAS_BASE=base is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
-        HAS_OFFSET=has_offset(seed), PRECISION=precision,
+        HAS_BASE=base is not None, HAS_BIAS=bias is not None, PRECISION=precision,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

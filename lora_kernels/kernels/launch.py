@@ -11,6 +11,7 @@ What Triton's settings (`triton.knobs`) were when a binary was first made is wha
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ class _Observer(threading.local):
 
     launched: Callable[["Launch"], None] | None = None
     forked: Callable[[], None] | None = None
-    beside: int | None = None
-    """The stream of a fork (`kernels.beside`); None: the current one."""
+    beside: "torch.cuda.Stream | None" = None
+    """The second stream of a fork (`kernels.beside`); None: launches go to the current one."""
 
 
 observer = _Observer()
@@ -76,27 +77,27 @@ def launch(
     values = tuple(constexprs.values())
     key = (kinds, device, values, num_warps, num_stages, launch_pdl, *pick.traits(args))
     compiled = _compiled.get(key)
-    launched = Launch(compiled, (*grid, 1, 1)[:3], (*args, *values))
-    if compiled is None:
-        if len(_compiled) >= MOST_BINARIES:
-            _compiled.clear()
-        pdl = {"launch_pdl": True} if launch_pdl else {}  # AMD's compiler does not know the option
-        compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, **pdl)
-        _compiled[key] = compiled
-    elif is_profiled():
-        compiled[launched.grid](*launched.args)
-    else:
-        stream = driver.active.get_current_stream(device) if observer.beside is None else observer.beside
-        launched.run(stream, launched.args)
+    launched = Launch(compiled, (*grid, 1, 1)[:3], (*args, *values), observer.beside is not None)
+    # Triton's own way, of a first launch and of a profiled one, knows the current stream alone.
+    with nullcontext() if observer.beside is None else torch.cuda.stream(observer.beside):
+        if compiled is None:
+            if len(_compiled) >= MOST_BINARIES:
+                _compiled.clear()
+            pdl = {"launch_pdl": True} if launch_pdl else {}  # AMD's compiler does not know the option
+            compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, **pdl)
+            _compiled[key] = compiled
+        elif is_profiled():
+            compiled[launched.grid](*launched.args)
+        else:
+            launched.run(driver.active.get_current_stream(device), launched.args)
     if observer.launched is not None:
-        observer.launched(launched._replace(compiled=compiled, beside=observer.beside is not None))
+        observer.launched(launched._replace(compiled=compiled))
 
 
 class Launch(NamedTuple):
-    """What was launched: the binary, three sizes of its grid, the arguments with the constexprs behind them, and where.
+    """What was launched: the binary, three sizes of its grid, the arguments with the constexprs behind them.
 
-    beside: on the second stream of a fork. Triton's own way, of a first launch and of a profiled one, knows the current
-    stream alone; that is late for its place in the order, and not wrong.
+    beside: on the second stream of a fork.
     """
 
     compiled: Any

@@ -268,19 +268,14 @@ def persistent_available() -> Availability:
     return Availability(True, "")
 
 
-def persistent_serves(
-    *, lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor | None, e: Tensor | None
-) -> bool:
+def persistent_serves(*, lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor, e: Tensor) -> bool:
     """Whether all are of one 16-bit dtype and can be described, e laid out as weight is: N, R and K by eights, then."""
     n = weight.shape[0 if transpose_weight else 1]
-    there = [lhs, weight]
-    if s is not None and e is not None:
-        there += [s, e.T if transpose_weight else e]
     return (
         lhs.element_size() == 2
-        and all(t.dtype == lhs.dtype for t in there)
+        and lhs.dtype == weight.dtype == s.dtype == e.dtype
         and n * lhs.element_size() % ALIGNMENT_BYTES == 0
-        and tma_serves(*there)
+        and tma_serves(lhs, weight, s, e.T if transpose_weight else e)
     )
 
 
@@ -289,38 +284,31 @@ def persistent(
     lhs: Tensor,
     weight: Tensor,
     transpose_weight: bool,
-    s: Tensor | None,
-    e: Tensor | None,
+    s: Tensor,
+    e: Tensor,
     bias: Tensor | None,
     gain: float = 1.0,
     tile: Tile,
     sm_count: int,
 ) -> Tensor:
-    """lhs [M, K] @ rhs + bias [N] + gain s [M, R] @ e [R, N]; rhs is weight [K, N], or its transpose where [N, K].
-
-    Without s and e the product alone, by the same binary: what cannot be more steps of it, a mask or fp32 adapters, is
-    another kernel's to add.
-    """
+    """lhs [M, K] @ rhs + bias [N] + gain s [M, R] @ e [R, N]; rhs is weight [K, N], or its transpose where [N, K]."""
     (m, k), n = lhs.shape, weight.shape[0 if transpose_weight else 1]
     out = torch.empty((m, n), dtype=lhs.dtype, device=lhs.device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     lhs_block = [tile.block_m, tile.block_k]
     rhs_block = [tile.block_n, tile.block_k] if transpose_weight else [tile.block_k, tile.block_n]
     tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
-    # No more programs than its waves need: 1024 tiles take an H200 350 us on 128 of 132 multiprocessors, 355 on all.
+    # No more programs than the waves need: 1024 tiles take an H200 350 us on 128 of 132 multiprocessors, 355 on all.
     programs = ceil_div(tiles, ceil_div(tiles, sm_count))
-    lhs_desc = TensorDescriptor.from_tensor(lhs, lhs_block, layout)
-    rhs_desc = TensorDescriptor.from_tensor(weight, rhs_block, layout)
-    r, s_desc, e_desc = 0, lhs_desc, rhs_desc
-    if s is not None and e is not None:
-        r, s_desc = s.shape[1], TensorDescriptor.from_tensor(s, lhs_block, layout)
-        e_desc = TensorDescriptor.from_tensor(e.T if transpose_weight else e, rhs_block, layout)
     launch(
         persistent_kernel, (programs,),
-        lhs_desc, rhs_desc, s_desc, e_desc,
+        TensorDescriptor.from_tensor(lhs, lhs_block, layout),
+        TensorDescriptor.from_tensor(weight, rhs_block, layout),
+        TensorDescriptor.from_tensor(s, lhs_block, layout),
+        TensorDescriptor.from_tensor(e.T if transpose_weight else e, rhs_block, layout),
         TensorDescriptor.from_tensor(out, [tile.block_m // CONSUMERS.value, CHUNK.value], layout),
         bias,
-        m, n, k, r, gain,
+        m, n, k, s.shape[1], gain,
         HAS_BIAS=bias is not None, RHS_IS_NK=transpose_weight,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r,
         GROUP_M=tile.group_m, STAGES=tile.num_stages,

@@ -112,8 +112,7 @@ def replayed(run: Callable[..., Outputs], inputs: Inputs, values: tuple[Any, ...
     )  # fmt: skip
     recipe = _recipes.get(key)
     if isinstance(recipe, Recipe):
-        current = driver.active.get_current_stream(torch.cuda.current_device())
-        return recipe.follow(inputs, present.device, current if observer.beside is None else observer.beside)
+        return recipe.follow(inputs, present.device, driver.active.get_current_stream(torch.cuda.current_device()))
     if recipe == SEEN and _recording.acquire(blocking=False):
         try:
             outputs, recipe = _recorded(run, inputs, values, plan)

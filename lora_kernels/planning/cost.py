@@ -1,6 +1,6 @@
 """What a plan should cost, in microseconds: passes over memory, work of the matrix units, launches.
 
-    t(GEMM) = max(2 M N K / F, bytes / B)        t(pass) = bytes / B        + launches x gap
+    t(GEMM) = max(2 M N K / F, bytes / B) x waves        t(pass) = bytes / B        + launches x gap
 
 F and B are a GPU's data-sheet rates (`tables/`) times what a good kernel reaches of them. The model ranks
 compositions where nothing has been measured, and its figures say "modelled" wherever they are shown; a measurement of
@@ -21,12 +21,17 @@ if TYPE_CHECKING:
     from lora_kernels.planning.plan import Problem, Way
 
 
-LIBRARY_GEMM, COPY = 0.80, 0.88
-"""Share of the data sheet that library GEMMs and copies reach: an H200 gave 0.81 and 0.89; elsewhere assumed."""
+LIBRARY_GEMM, COPY = 0.83, 0.88
+"""Share of the data sheet that library GEMMs and copies reach, the last wave of tiles counted apart: an H200 gave 0.81
+in 16 waves where 15.5 would do, and 0.89; elsewhere assumed."""
+LIBRARY_TILES = ((128, 256), (128, 128))
+MOST_WAVES = 1.2
+"""At most, of the library's in the better of these tiles: it splits K where so few fill no GPU. 512 x 14336 x 4096, 1.7
+waves, takes an H200 95 us, as two whole ones would; the rest is assumed."""
 GEMM = {"persistent": 0.8, "descriptors": 0.8, "pointers": 0.8}
 """Rate of our GEMMs over the library's, the expand of a small rank included and the last wave counted apart, where no
 GPU of the kind was measured: the lower end of what is plausible. Measured ones are the tables': on an H200 8192 x 4096
-x 4096 takes the library 347 us, the persistent kernel 354, descriptors 364, with 8 waves for 7.8."""
+x 4096 takes the library 347 us, the persistent kernel 350, descriptors 364, each in 8 waves for 7.8."""
 RANK_SIZED = 0.85
 """The same for products of a large tensor and one of the rank. Assumed."""
 ONE_PASS: Mapping[Width, float] = {"16": 0.85, "mixed": 0.39, "32": 0.39}
@@ -51,14 +56,14 @@ MIXED_PRODUCTS = {torch.bfloat16: 3, torch.float16: 4}
 """A 16-bit operand beside an fp32 one: three bf16 products, or two of tf32, each at half of the 16-bit rate."""
 BESIDE_US = 5.0
 """What dA adds to a product that it runs beside, on an H200: 5.1 us to 349.6 for x [8192, 4096], where it takes 30 by
-itself; 6.8 to 1186 where K of the product is 14336; 18 to 1232 for x [8192, 14336]."""
+itself; 6.8 to 1186 where K of the product is 14336; 18 to 1232 for x [8192, 14336]; 4.3 to 93.5 for x [2048, 4096]."""
 BESIDE_GB_S = 60.0
 """What a multiprocessor without a tile reads meanwhile: four and a short tail read 134 MB in 374 us beside 350."""
 LANES_GHZ = 128 * 1.7  # instructions a multiprocessor issues in a nanosecond, all lanes counted
 
 
 def runs_beside(problem: Problem) -> bool:
-    """Whether a pass over x is to run on a second stream, beside a product: where it takes longer than that costs."""
+    """Whether dA is to run on a second stream beside the persistent kernel: where it takes longer than that costs."""
     if problem.family != "hopper" or problem.device_type != "cuda":
         return False
     rates = rates_of(problem.family, problem.device)
@@ -92,6 +97,12 @@ class Costs:
         # long for 64 x 4096 x 14336 as the library does.
         return max(work, moved / self._bytes_us) * waves
 
+    def _library(self, columns: int) -> float:
+        """The library's GEMM, of so many columns."""
+        p = self._problem
+        waves = (_waves(p, rows, width, columns) for rows, width in LIBRARY_TILES)
+        return self._gemm(1.0, waves=min(*waves, MOST_WAVES))
+
     def _mask(self, kind: str) -> float:
         p = self._problem
         return p.M * p.K * MASK_INSTRUCTIONS[kind] / self._lanes_us if p.dropout else 0.0
@@ -107,15 +118,11 @@ class Costs:
             kernel += DROPOUT
         columns = p.K if backward else p.N
         tile = (self._tiles.get(f"backward.{kernel}") if backward else None) or self._tiles[kernel]
-        count = -(-p.M // tile.block_m) * -(-columns // tile.block_n) / p.sm_count
-        # fp32 adapters expand in three products of bf16, and are not the persistent kernel's.
-        in_parts = p.width == "mixed" and way.strategy != "persistent"
-        expand = 3 * padded_rank(p.R) / (p.N if backward else p.K) if in_parts else 0.0
-        return self._gemm(self._rate[kind], extra_work=expand, waves=math.ceil(count) / count)
-
-    def _expand(self, columns: int, mask_us: float = 0.0) -> float:
-        """What a product cannot add, a mask or fp32 adapters, added to what it has written."""
-        return max(self._pass(self._problem.M, columns, 2), mask_us, SMALL_US) + LAUNCH_US
+        # fp32 adapters expand in three products of bf16.
+        expand = 3 * padded_rank(p.R) / (p.N if backward else p.K) if p.width == "mixed" else 0.0
+        in_parts = SMALL_US + LAUNCH_US if p.width == "mixed" and kind == "persistent" else 0.0
+        waves = _waves(p, tile.block_m, tile.block_n, columns)
+        return in_parts + self._gemm(self._rate[kind], extra_work=expand, waves=waves)
 
     def _forward(self, way: Way) -> float:
         p = self._problem
@@ -126,16 +133,13 @@ class Costs:
             read = self._gemm(1.0, extra_work=padded_rank(p.R) / tile_n) / ONE_PASS[p.width]
             return read + launches * LAUNCH_US
         shrink = max(self._pass(p.M, p.K, 1), self._mask("streamed"), SMALL_US) + LAUNCH_US
-        if way.strategy == "persistent" and p.width == "mixed":
-            gemm = self._fused(way)
-            return gemm + self._from_x(gemm, p.N) + LAUNCH_US + self._expand(p.N)
         if way.strategy in ("shrink_fused", "persistent"):
             return shrink + self._fused(way) + LAUNCH_US
         if way.backend == "torch":
             shrink += self._torch_mask() + self._conversion(p.M, p.K) + self._conversion(p.M, p.N)
-        gemm = self._gemm(1.0) + LAUNCH_US
+        gemm = self._library(p.N) + LAUNCH_US
         if way.backend == "triton" and p.width == "mixed":  # expanded into what the library has written
-            return shrink + gemm + self._expand(p.N)
+            return shrink + gemm + max(self._pass(p.M, p.N, 2), SMALL_US) + LAUNCH_US
         # The library's last product adds onto what its first has written.
         return shrink + max(self._pass(p.M, p.N, 1), SMALL_US) + LAUNCH_US + gemm + self._pass(p.M, p.N, ADDING)
 
@@ -147,32 +151,25 @@ class Costs:
             rank_sized = 2 * read_dy + read_x + converted + self._torch_mask()
         else:
             rank_sized = read_dy + self._dyb()
-        apart = p.width == "mixed" or p.dropout
-        if way.strategy == "persistent":
-            gemm = self._fused(way, backward=True)
-            rank_sized += self._expand(p.K, self._mask("accumulator")) if apart else 0.0
-        elif way.strategy == "fused":
+        if way.strategy in ("fused", "persistent"):
             gemm = self._fused(way, backward=True) + self._mask("accumulator")
-        elif way.backend == "triton" and apart:
-            gemm = self._gemm(1.0)
-            rank_sized += self._expand(p.K, self._mask("accumulator"))
+        elif way.backend == "triton" and p.width == "mixed" and not p.dropout:
+            gemm = self._library(p.K) + self._pass(p.M, p.K, 2) + LAUNCH_US
         else:  # dx holds its low-rank term before the library adds to it
-            gemm = self._pass(p.M, p.K, 1 + ADDING) + self._gemm(1.0)
+            gemm = self._pass(p.M, p.K, 1 + ADDING) + self._library(p.K)
         if way.backend == "triton":
-            rank_sized += self._from_x(gemm, p.K)
+            from_x = max(read_x, self._mask("streamed"))
+            rank_sized += self._beside(gemm, from_x) if way.strategy == "persistent" and runs_beside(p) else from_x
         return rank_sized + gemm + BACKWARD_LAUNCHES * LAUNCH_US
 
-    def _from_x(self, product_us: float, columns: int) -> float:
-        """dA or xa, by itself or beside a product of this time and so many columns."""
+    def _beside(self, product_us: float, alone_us: float) -> float:
+        """What dA adds to the persistent kernel's product of this time, taking so long by itself."""
         p = self._problem
-        alone = max(self._pass(p.M, p.K, 1), self._mask("streamed"))
-        if not runs_beside(p):
-            return alone
-        tiles = -(-p.M // 128) * -(-columns // 256)
+        tile = self._tiles.get("backward.persistent") or self._tiles["persistent"]
+        tiles = -(-p.M // tile.block_m) * -(-p.K // tile.block_n)
         idle = p.sm_count - -(-tiles // -(-tiles // p.sm_count))
-        hidden = idle * BESIDE_GB_S * 1e3 * product_us
-        read = p.M * p.K * p.dtype.itemsize
-        return min(alone, BESIDE_US + alone * max(0.0, 1 - hidden / read))
+        hidden = idle * BESIDE_GB_S * 1e3 * product_us / (p.M * p.K * p.dtype.itemsize)
+        return min(alone_us, BESIDE_US + alone_us * max(0.0, 1.0 - hidden))
 
     def _dyb(self) -> float:
         """Beside dB from dy: fp32 shares of dyb, written and read again, or dy once more."""
@@ -194,6 +191,12 @@ class Costs:
         if p.dtype.itemsize == 4 or (p.width == "16" and not p.dropout):
             return 0.0
         return max(self._pass(rows, columns, 2, itemsize=4), SMALL_US) + LAUNCH_US
+
+
+def _waves(problem: Problem, rows: int, width: int, columns: int) -> float:
+    """How much longer whole waves of such tiles take than the last one's share of the GPU would."""
+    count = -(-problem.M // rows) * -(-columns // width) / problem.sm_count
+    return math.ceil(count) / count
 
 
 class BranchCosts:

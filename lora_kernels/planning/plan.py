@@ -131,7 +131,7 @@ class Plan:
         sm_count: multiprocessors, each of which runs one program of a persistent kernel.
         use_tma: whether the large GEMMs may use tensor descriptors.
         use_pdl: whether the forward's GEMM may start before the shrink ends (programmatic dependent launch, with TMA).
-        beside: whether dA is computed while dx is, on a second stream.
+        beside: whether dA is computed on a second stream while the persistent kernel computes dx.
         dy_reads: 1 where dyb and dB share one read of dy; 2 where the shares of dyb would outweigh dy.
         one_pass_splits: how many programs share K under one_pass; past 1, a second launch adds what they found.
         xa_splits, dyb_splits, d_lora_A_splits, d_lora_B_splits: how many programs share each reduction.
@@ -224,7 +224,7 @@ def ways_of(problem: Problem, direction: Direction, backends: tuple[Backend, ...
         ways.append(Way("triton", "library"))
         if not backward and _one_row_of_tiles(problem):
             ways.append(Way("triton", "one_pass"))
-        if _persistent_serves(problem):
+        if _persistent_serves(problem) and not (backward and problem.dropout):
             ways.append(Way("triton", "persistent"))
     return ways
 
@@ -239,8 +239,13 @@ def paired(problem: Problem, plan: Plan, strategy: Strategy) -> Plan:
 
 
 def _persistent_serves(problem: Problem) -> bool:
-    """Whether the persistent kernel can: it has tiles, and rows of every operand are whole 16 bytes."""
+    """Whether the persistent kernel can: it has tiles, and rows of every operand are whole 16 bytes.
+
+    It takes fp32 adapters in parts of bf16, which only a bf16 base has.
+    """
     whole = all(size % 8 == 0 for size in (problem.N, problem.K, problem.R))
+    if problem.width == "mixed" and problem.dtype != torch.bfloat16:
+        return False
     return problem.gluon and whole and "persistent" in tiles.kernels_of(problem.family, problem.width)
 
 

@@ -92,7 +92,7 @@ class Recording(Driver):
     """Keeps (binary, grid, arguments) of each launch, as described and as they are, and the hooks that came with it."""
 
     def __init__(self):
-        super().__init__(self.keep)
+        super().__init__(lambda *launched: self.keep(*launched))  # noqa: PLW0108 - a test may replace keep
         self.launches, self.hooks, self.raw = [], [], []
 
     def keep(self, binary, grid, args, hook):

@@ -20,7 +20,7 @@ OTHER_DTYPES = {"32": ("fp32", "bf16"), "mixed": ("fp16", "bf16")}
 def of_the_output(shipped: ShippedTile) -> list[Variant]:
     """The launches over base_out, y and dy: dyb reads B along its rows, as lora_B.T."""
     if shipped.kernel == "expand":
-        return [v for v in variants(shipped) if v.flags["HAS_BASE"] and not v.flags["HAS_DROPOUT"]]
+        return [variant for variant in variants(shipped) if variant.flags["HAS_BASE"]]
     if shipped.kernel == "bwd_lora_b":
         return [Variant(v.unit_strides, v.flags | {"NEEDS_D_BIAS": False}) for v in variants(shipped)]
     if shipped.kernel == "shrink" and not shipped.dropout:

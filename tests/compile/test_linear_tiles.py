@@ -14,6 +14,7 @@ from lora_kernels.kernels.bwd_lora_b import bwd_lora_b_kernel
 from lora_kernels.kernels.expand import expand_kernel
 from lora_kernels.kernels.gemm_expand import gemm_expand_kernel
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma_kernel
+from lora_kernels.kernels.in_parts import BLOCK as PARTS_BLOCK, in_parts_kernel
 from lora_kernels.kernels.one_pass import one_pass_kernel, one_pass_sum_kernel
 from lora_kernels.kernels.reduce_partials import BLOCK, MOST, STAGES, reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
@@ -99,19 +100,14 @@ def variants(shipped: ShippedTile) -> list[Variant]:
             flags = {"NEEDS_DYB": True, "NEEDS_D_B": True, "NEEDS_D_BIAS": True}
             return [Variant(("stride_dy_n", "stride_b_r"), flags)]
         case "expand":
-            plain = {"HAS_BASE": True, "HAS_BIAS": False} | dropout
             return [
-                Variant(("stride_base_n", "stride_e_r"), plain),
-                Variant(("stride_base_n", "stride_e_n"), plain | {"HAS_BASE": False}),
-                # Onto the library's product, which cannot add fp32 adapters or a mask.
+                Variant(("stride_base_n", "stride_e_r"), {"HAS_BASE": True, "HAS_BIAS": False}),
+                Variant(("stride_base_n", "stride_e_n"), {"HAS_BASE": False, "HAS_BIAS": False}),
+                # Onto the library's product, which only fp32 adapters need.
                 *[
-                    Variant(("stride_base_n", stride), plain | {"HAS_BIAS": bias})
+                    Variant(("stride_base_n", stride), {"HAS_BASE": True, "HAS_BIAS": bias})
                     for stride, bias in (("stride_e_r", True), ("stride_e_n", False))
                     if shipped.width == "mixed"
-                ],
-                *[
-                    Variant(("stride_base_n", "stride_e_n"), plain | {"HAS_DROPOUT": True, "HAS_OFFSET": shard})
-                    for shard in (False, True)
                 ],
             ]
     raise AssertionError(shipped.kernel)
@@ -270,6 +266,17 @@ def test_the_reduction_has_no_faults(target: str, dtypes: tuple[str, ...]) -> No
         # wait. The assembler numbers the groups that may stay unfinished.
         assert figures.sequence[: figures.sequence.index("DEPBAR")].count("LDGDEPBAR") == STAGES - 1
         assert figures.sass.count(f"DEPBAR.LE SB0, 0x{STAGES - 2:x}") >= len(dtypes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_operands_in_parts_have_no_faults(target: str) -> None:
+    pointers = {"s_ptr": "*fp32", "s_parts_ptr": "*bf16", "e_ptr": "*fp32", "e_parts_ptr": "*bf16"}
+    sizes = ("s_elements", "e_elements", "R", "e_columns", "stride_e_row", "stride_e_parts_row", "stride_e_part")
+    constexprs = {"stride_e_column": 1, "BLOCK": PARTS_BLOCK}
+    figures = kept_figures(
+        in_parts_kernel, pointers | dict.fromkeys(sizes, "i32"), constexprs, target, 4, 3, list(pointers)
+    )
+    assert figures.faults() == []
 
 
 def planned(shipped: ShippedTile, variant: Variant) -> Variant:
