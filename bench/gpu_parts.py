@@ -34,7 +34,9 @@ from lora_kernels.benchmarking.providers import CaseInputs
 WORKERS = 14
 REPEATS = 300
 CUDA_BIN = "/usr/local/cuda/bin"
-LINEAR, BRANCH, REPLAY, STACK = (f"tests/gpu/test_{name}.py" for name in ("linear", "branch", "replay", "stack"))
+LINEAR, BRANCH, REPLAY, STACK, BESIDE = (
+    f"tests/gpu/test_{name}.py" for name in ("linear", "branch", "replay", "stack", "beside")
+)
 PERSISTENT, RANGE = "tests/gpu/test_persistent.py", "tests/gpu/test_fp16_range.py"
 LARGE = "offsets_past or memory_saved or captured_training"
 """Of the tests: too long or too large for the first day, and what --later is for."""
@@ -133,7 +135,7 @@ def parts(call: str, device: str, folder: Path, failed: Sequence[str], *, warmed
     branch = Part(
         "tests of the branch and of repeated launches",
         65,
-        _tests(device, "-k", f"not ({LATER})", BRANCH, REPLAY),
+        _tests(device, "-k", f"not ({LATER})", BRANCH, REPLAY, BESIDE),
         RIGHT,
     )
     persistent = Part("tests of the persistent kernel", 40, _tests(device, "-x", PERSISTENT, workers=8), RIGHT)

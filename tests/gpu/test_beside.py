@@ -5,20 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.kernels import replay
+from lora_kernels.kernels import launch, replay
 from tests.gpu.test_linear import CUDA, inputs_of, plan_for, run_under
-from tests.linear_cases import DTYPES, assert_same_bits, assert_within_budget
+from tests.linear_cases import assert_same_bits, assert_within_budget
 
-STRATEGIES = ("pointers", "descriptors", "library", "persistent")
-LARGE = (8192, 4096, 4096)
+DTYPES = ["bf16", "fp16", "bf16-mixed"]
+SIZES = [(304, 264, 520), (2048, 1024, 1024)]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_budget_and_bits(dtype, strategy, p):
-    several = [inputs_of((304, 264, 520), dtype, dropout_p=p, seed=seed, bias=True) for seed in range(2)]
-    plan = plan_for(several[0], strategy)
+def test_budget_and_bits(dtype, size):
+    several = [inputs_of(size, dtype, seed=seed, bias=True) for seed in range(2)]
+    plan = plan_for(several[0], "persistent")
+    # Each launch anew: a first one is Triton's, which knows the current stream alone, and takes the host so long that
+    # a wait that is missing shows.
+    launch._compiled.clear()
+    replay._recipes.clear()
     assert_within_budget(several, lambda inputs: run_under(replace(plan, beside=True), inputs))
     for inputs in several:
         expected = run_under(replace(plan, beside=False), inputs)
@@ -26,12 +29,11 @@ def test_budget_and_bits(dtype, strategy, p):
             assert_same_bits(run_under(replace(plan, beside=True), inputs), expected)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1], ids=["plain", "dropout"])
-@pytest.mark.parametrize("strategy", ["library", "persistent"])
-def test_large_steps_amid_allocations(strategy, p):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_steps_amid_allocations(dtype):
     # What one side of a fork frees, the other must not be given while it is read: freed memory is written over here.
-    inputs = inputs_of(LARGE, "bf16", dropout_p=p)
-    plan = plan_for(inputs, strategy)
+    inputs = inputs_of((8192, 4096, 4096), dtype)
+    plan = plan_for(inputs, "persistent")
     assert plan.beside
     expected = run_under(replace(plan, beside=False), inputs)
     replay._recipes.clear()
@@ -42,10 +44,10 @@ def test_large_steps_amid_allocations(strategy, p):
         assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("strategy", ["library", "persistent"])
-def test_on_another_stream_and_in_a_graph(strategy):
-    inputs = inputs_of((2048, 1024, 1024), "bf16")
-    plan = replace(plan_for(inputs, strategy), beside=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_another_stream_and_in_a_graph(dtype):
+    inputs = inputs_of(SIZES[1], dtype)
+    plan = replace(plan_for(inputs, "persistent"), beside=True)
     expected = run_under(replace(plan, beside=False), inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
