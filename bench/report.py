@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,11 +72,12 @@ def page(folder: Path) -> str:
     cases = by_case(records)
     parts = [
         _head(folder, records, cases, run),
-        _targets(records, host_rows),
+        _targets(records, host_rows, _rows(folder / "compile.csv", Record)),
         _when_it_loses(records),
         _anatomy(_rows(folder / "anatomy.csv", anatomy.StageRow)),
         _side_by_side("Side by side", cases),
         _strategies("Strategies", folder / "strategies.csv"),
+        _strategies("Beside torch.compile", folder / "compile.csv"),
         _kernels(_rows(folder / "kernels.csv", kernels.KernelRow)),
         _memory_and_error(cases),
         _peft_step(_rows(folder / "peft_step.csv", peft_step.StepRow)),
@@ -111,8 +113,12 @@ def _head(folder: Path, records: Sequence[Record], cases: Mapping[LinearCase, Fo
     return "\n".join(lines)
 
 
-def _targets(records: Sequence[Record], host_rows: Sequence[host.HostRow]) -> str:
+def _targets(records: Sequence[Record], host_rows: Sequence[host.HostRow], compiled: Sequence[Record]) -> str:
+    """compiled: a run of its own, which says of torch.compile what the other rows do not."""
     found = targets.table(targets.Evidence.of(records, host_rows))
+    if compiled:
+        of_compiled = targets.table(targets.Evidence.of(compiled, ()))
+        found = [other if "torch.compile" in row[0] else row for row, other in zip(found, of_compiled, strict=True)]
     return _section("Targets", ["what", "target", "found", ""], found)
 
 
@@ -177,6 +183,8 @@ def _kernels(rows: Sequence[kernels.KernelRow]) -> str:
         for row in found:
             own = not row.contender.startswith(kernels.NOT_OURS)
             name = row.contender.split()[0] if own else row.contender
+            if "beside" in group:  # programs are what a tile is elsewhere
+                name = re.sub(r" /\d+", "", row.contender)
             if row.us is not None and (name not in fastest or row.us < (fastest[name].us or 0.0)):
                 fastest[name] = row
         best = sorted(fastest.values(), key=lambda row: row.us or 0.0)
