@@ -1,9 +1,9 @@
 """What the planner chooses for Llama-3-8B's linears on an H200, in its model's microseconds: now, and in an older tree.
 
-    python -m bench.modelled [--before CHECKOUT]
+    python -m bench.modelled [--before CHECKOUT | --rows FILE]
 
 Each cell is forward + backward. Both trees' choices, ways and tiles, are priced by this tree's model, so that a
-difference is one of choice; the model itself is held to measurements in docs/design/performance-log.md.
+difference is one of choice. `--rows` holds the model to a linear.csv: what it says of each of `auto`'s rows there.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.benchmarking.records import Record, read_csv
 from lora_kernels.planning.plan import Problem, make_plan
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
 ROWS = (1, 16, 128, 512, 2048, 8192)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEVICE = "NVIDIA H200"
+TIMER_US = 8.0
+"""Of a forward alone, what its events see of any launch: an H200's library takes 9 us for next to nothing."""
 
 
 def problems() -> Iterator[tuple[str, float, int, str, Problem]]:
@@ -92,13 +95,41 @@ def table(before: list[list[list[object]]] | None) -> list[str]:
     return lines
 
 
+def held_to(rows: Sequence[Record]) -> list[str]:
+    """Markdown: measured and modelled microseconds of each row of `auto`, with the ways that the model takes."""
+    lines = [
+        f"| case (forwards less {TIMER_US:g} us of the timer) | measured | modelled | measured over modelled |",
+        "|---|---|---|---|",
+    ]
+    for r in rows:
+        if r.provider != "auto" or r.median_ms is None:
+            continue
+        problem = Problem(
+            r.M, r.N, r.K, r.R, getattr(torch, r.dtype), getattr(torch, r.adapter_dtype), r.dropout_p > 0,
+            arch="sm_90", device_type="cuda", sm_count=132, gluon=True, device=r.device,
+        )  # fmt: skip
+        plan = make_plan(problem, "auto", triton_available=True)
+        ways = [(f"{plan.backend}/{plan.strategy}", plan.costs)]
+        if r.mode != "forward":
+            ways.append((str(plan.backward_way), plan.backward_costs))
+        us = sum(dict(costs)[way] for way, costs in ways)
+        adapters = "" if r.adapter_dtype == r.dtype else f", {r.adapter_dtype} adapters"
+        case = f"{r.name}, M = {r.M}{adapters}, p = {r.dropout_p:g}: {', '.join(way for way, _ in ways)}"
+        measured = 1e3 * r.median_ms - (TIMER_US if r.mode == "forward" else 0.0)
+        lines.append(f"| {case} | {measured:.1f} | {us:.1f} | {measured / us:.2f} |")
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.modelled", description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, help="checkout of an older commit, to compare with")
+    parser.add_argument("--rows", type=Path, help="a linear.csv of a Hopper GPU, to hold the model to")
     parser.add_argument("--choices", action="store_true", help="print this tree's choices as JSON")
     arguments = parser.parse_args(argv)
     if arguments.choices:
         print(json.dumps(choices()))
+    elif arguments.rows:
+        print("\n".join(held_to(read_csv(arguments.rows, Record))))
     else:
         print("\n".join(table(choices_of(arguments.before) if arguments.before else None)))
     return 0

@@ -33,7 +33,11 @@ GEMM = {"persistent": 0.8, "descriptors": 0.8, "pointers": 0.8}
 GPU of the kind was measured: the lower end of what is plausible. Measured ones are the tables': on an H200 8192 x 4096
 x 4096 takes the library 347 us, the persistent kernel 350, descriptors 364, each in 8 waves for 7.8."""
 RANK_SIZED = 0.85
-"""The same for products of a large tensor and one of the rank. Assumed."""
+"""Rate of a product of a large tensor and one of the rank over a copy's: on an H200 the shrink of x [8192, 4096] takes
+17 us longer than that of [512, 4096]. The same over the library's where work is more than bytes: assumed."""
+IN_PARTS = 1.3
+"""How much longer fp32 adapters, in parts, make it: on an H200 shrink takes 33 us for 28, dA 34 for 30, dyb with dB
+54 for 34."""
 ONE_PASS: Mapping[Width, float] = {"16": 0.85, "mixed": 0.39, "32": 0.39}
 """Rate at which `one_pass` reads the weight over the library's, for few rows. On an H200, less the 9 us that the
 library takes for next to nothing: 16 x 4096 x 4096 in 13.4 us for 10.6, under fp32 adapters in 27; 16 x 4096 x 14336 in
@@ -47,8 +51,9 @@ LAUNCH_US = 2.0
 """Gap that one more kernel in the stream leaves."""
 BACKWARD_LAUNCHES = 5
 """Products and reductions of any backward."""
-MASK_INSTRUCTIONS = {"streamed": 15, "accumulator": 45}
-"""SASS instructions per element of a mask, in a kernel that streams x, and in the layout of an accumulator."""
+MASK_INSTRUCTIONS = {"streamed": 25, "accumulator": 45}
+"""Instructions per element of a mask, in a kernel that streams x, and in the layout of an accumulator. The first are 15
+in the machine code, and take an H200 as long as 25 would: shrink 38 us for 28, dA 42 for 30."""
 # Torch's integer Philox on a GPU: about a hundred passes over 8-byte words, one word for 8 elements, read and written.
 TORCH_MASK_BYTES = 200
 TORCH_MASK_LAUNCHES = 100
@@ -103,6 +108,11 @@ class Costs:
         waves = (_waves(p, rows, width, columns) for rows, width in LIBRARY_TILES)
         return self._gemm(1.0, waves=min(*waves, MOST_WAVES))
 
+    def _rank_sized(self, columns: int, mask_us: float = 0.0) -> float:
+        """A product of the rank that reads an [M, columns] tensor."""
+        read = max(self._pass(self._problem.M, columns, 1) / RANK_SIZED, mask_us)
+        return read * (IN_PARTS if self._problem.width == "mixed" else 1.0) + SMALL_US
+
     def _mask(self, kind: str) -> float:
         p = self._problem
         return p.M * p.K * MASK_INSTRUCTIONS[kind] / self._lanes_us if p.dropout else 0.0
@@ -132,7 +142,7 @@ class Costs:
             launches = 2 if tile_n * p.sm_count >= 2 * p.N else 1
             read = self._gemm(1.0, extra_work=padded_rank(p.R) / tile_n) / ONE_PASS[p.width]
             return read + launches * LAUNCH_US
-        shrink = max(self._pass(p.M, p.K, 1), self._mask("streamed"), SMALL_US) + LAUNCH_US
+        shrink = self._rank_sized(p.K, self._mask("streamed")) + LAUNCH_US
         if way.strategy in ("shrink_fused", "persistent"):
             return shrink + self._fused(way) + LAUNCH_US
         if way.backend == "torch":
@@ -145,7 +155,7 @@ class Costs:
 
     def _backward(self, way: Way) -> float:
         p = self._problem
-        read_dy, read_x = self._pass(p.M, p.N, 1), self._pass(p.M, p.K, 1)
+        read_dy, read_x = self._rank_sized(p.N), self._rank_sized(p.K, self._mask("streamed"))
         if way.backend == "torch":
             converted = 2 * self._conversion(p.M, p.N) + 2 * self._conversion(p.M, p.K)
             rank_sized = 2 * read_dy + read_x + converted + self._torch_mask()
@@ -158,8 +168,7 @@ class Costs:
         else:  # dx holds its low-rank term before the library adds to it
             gemm = self._pass(p.M, p.K, 1 + ADDING) + self._library(p.K)
         if way.backend == "triton":
-            from_x = max(read_x, self._mask("streamed"))
-            rank_sized += self._beside(gemm, from_x) if way.strategy == "persistent" and runs_beside(p) else from_x
+            rank_sized += self._beside(gemm, read_x) if way.strategy == "persistent" and runs_beside(p) else read_x
         return rank_sized + gemm + BACKWARD_LAUNCHES * LAUNCH_US
 
     def _beside(self, product_us: float, alone_us: float) -> float:
