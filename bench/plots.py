@@ -33,17 +33,27 @@ if TYPE_CHECKING:
 OURS, PATCHED, THEIRS, CONTROL = "#0f766e", "#2563a8", "#b45309", "#9aa5b1"
 COLOURS = (
     CONTROL, THEIRS, "#2563a8", "#7c3aed", "#a78bfa", "#dc2626", "#f59e0b", "#db2777",
-    OURS, "#14b8a6", "#84cc16", "#65a30d", "#4d7c0f",
+    OURS, "#14b8a6", "#84cc16", "#65a30d", "#4d7c0f", "#0e7490", "#164e63",
 )  # fmt: skip
 CASES_SHOWN = 40  # more lines than that no one reads on a slide; the rows are in linear.csv
 
 
 def linear(records: Sequence[Record], ceilings: Ceilings, out: Path) -> None:
-    """The four pictures of a run; one whose rows are missing is not drawn."""
-    training = {case: found for case, found in by_case(records).items() if FROZEN in found and found[FROZEN].timed}
-    if not training:
+    """The pictures of a run; one whose rows are missing is not drawn."""
+    timed = {case: found for case, found in by_case(records).items() if FROZEN in found and found[FROZEN].timed}
+    if not timed:
         return
-    shown = dict(list(training.items())[:CASES_SHOWN])
+    shown = dict(list(timed.items())[:CASES_SHOWN])
+    if training := {case: found for case, found in shown.items() if case.backward}:
+        _dots(
+            training,
+            lambda found, r: r.cost,
+            out / "linear_training.png",
+            title="What LoRA costs in training, over the frozen linear",
+            label="time / frozen linear's time, forward and backward",
+            names=[p.name for p in (*providers.BASELINES, *providers.PEERS, providers.AUTO) if p.name != FROZEN],
+            one=True,
+        )
     _dots(
         shown,
         lambda found, r: times_faster(r, mine) if (mine := ours(found)) else None,

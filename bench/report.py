@@ -46,6 +46,7 @@ PAGES = ROOT / "docs" / "benchmarks"
 NOT_COMMITTED = {"local", "gpu-run"}
 LOSSES_SHOWN, CASES_SHOWN = 30, 80
 PICTURES = (
+    ("linear_training.png", "What LoRA costs in training, by case and contender"),
     ("linear_speedup.png", "Time of each contender over ours, by case"),
     ("linear_cost.png", "Time of each contender over the frozen linear, by case"),
     ("linear_roofline.png", "Operations per second over operations per byte, under the measured ceilings"),
