@@ -17,16 +17,20 @@ from typing import NamedTuple
 MOST_RUNNING = 64
 """Groups; more can only come of a loop that never waits."""
 
-_LINE = re.compile(r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<text>[^;]+?)\s*;")
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<text>[^;]+?)\s*;")
 _LABEL = re.compile(r"^\s*(\.L_?\w+):")
 _TARGET = re.compile(r"`\((\.L_?\w+)\)")
-_REGISTER = re.compile(r"\bR(\d+)\b")
+_JUMP = re.compile(r"BRA(?:\.\w+)*\s+`\(")
+"""Without a predicate among its operands, too."""
+_REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
 _PREDICATE = re.compile(r"!?U?P(?:\d|T|R)$")
 _PRODUCT = re.compile(r"HGMMA\.64x(?P<columns>\d+)x\S+ R(?P<first>\d+), (?:R(?P<left>\d+)|gdesc\S+),")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
 # A register that they name first is read.
 _WRITES_NOTHING = ("ST", "RED", "BAR", "BRX", "RET", "CALL", "JMX", "WARPSYNC", "NANOSLEEP", "CCTL", "SYNCS", "UTMA")
 _ENDS = ("EXIT", "RET", "KILL")
+_PRODUCT_READS = (4, 2, 4)
+"""Registers of an mma.sync's operands: left, right, accumulator."""
 
 
 class Instruction(NamedTuple):
@@ -80,15 +84,25 @@ def _instruction(text: str, always: bool) -> Instruction:
     if first and not opcode.startswith(_WRITES_NOTHING):
         writes = frozenset(range(int(first[1]), int(first[1]) + _width(opcode)))
         operands.pop(0)
-    reads = frozenset(int(number) for operand in operands for number in _REGISTER.findall(operand))
-    return Instruction(text, writes, reads, always)
+    widths = [1] * len(operands)
+    if opcode.startswith(("ST", "RED", "ATOM")) and operands:
+        widths[-1] = _width(opcode)  # what is stored comes last
+    elif opcode.startswith(("HMMA", "IMMA")):
+        widths[: len(_PRODUCT_READS)] = _PRODUCT_READS
+    reads = {
+        int(number) + offset
+        for operand, width in zip(operands, widths, strict=False)
+        for number, is_pair in _REGISTER.findall(operand)
+        for offset in range(max(width, 2 if is_pair else 1))
+    }
+    return Instruction(text, writes, frozenset(reads), always)
 
 
 def _parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
     instructions, labels = list[Instruction](), dict[str, int]()
     for line in sass.splitlines():
         if found := _LINE.match(line):
-            instructions.append(_instruction(found["text"], always="@" not in line.partition("*/")[2].split(" R")[0]))
+            instructions.append(_instruction(found["text"], always=found["predicate"] is None))
         elif found := _LABEL.match(line):
             labels[found[1]] = len(instructions)
     return instructions, labels
@@ -153,11 +167,7 @@ def hazards(sass: str) -> list[Hazard]:
                 break
             if target := _TARGET.search(instruction.text):
                 follow(labels[target[1]], groups, open_group)
-                if (
-                    instruction.always
-                    and instruction.text.startswith("BRA ")
-                    and "P" not in instruction.text.split("`")[0][4:]
-                ):
+                if instruction.always and _JUMP.match(instruction.text):
                     break
             elif instruction.always and instruction.text.startswith(_ENDS):
                 break

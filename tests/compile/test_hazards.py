@@ -52,6 +52,10 @@ WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
         ("@!P0 SHFL.IDX PT, R41, R2, R3, 0x1f", "overwrites what is still read by"),
         ("STG.E [R40.64], R41", ""),  # a read of what the product only reads, too
         ("STG.E [R2.64], R31", "reads the accumulator of"),
+        ("STG.E.128 desc[UR4][R2.64], R21", "reads the accumulator of"),  # R21 to R24
+        ("STG.E.128 desc[UR4][R2.64], R20", ""),
+        ("LDS R5, [R23.64]", "reads the accumulator of"),
+        ("HMMA.16816.F32 R64, R21, R8, R64", "reads the accumulator of"),
         ("FADD R5, R31, R31", "reads the accumulator of"),
         ("MOV R24, RZ", "overwrites the accumulator of"),
         ("MOV R32, RZ", ""),  # sixteen columns are eight registers
@@ -72,6 +76,14 @@ def test_both_ways_of_a_branch_are_walked():
     assert [h.what for h in hazards(skipped)] == ["reads the accumulator of"]
     taken = sass(IN_SHARED, "BRA `(.L_x_1)", "FADD R5, R24, R24", ".L_x_1:", WAIT, "EXIT")
     assert hazards(taken) == []
+
+
+@pytest.mark.parametrize(("jump", "goes_on"), [
+    ("BRA `(.L_x_1)", False), ("BRA.U `(.L_x_1)", False), ("BRA.U UP0, `(.L_x_1)", True), ("@!UP1 BRA `(.L_x_1)", True),
+])  # fmt: skip
+def test_what_follows_a_jump_is_walked_where_the_jump_has_a_predicate(jump, goes_on):
+    after = sass(IN_SHARED, jump, "FADD R5, R24, R24", ".L_x_1:", WAIT, "EXIT")
+    assert [h.what for h in hazards(after)] == ["reads the accumulator of"] * goes_on
 
 
 def test_an_outer_loop_is_walked():
