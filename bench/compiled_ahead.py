@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results" / "local" / "compiled"
 CACHE = Path(tempfile.gettempdir()) / "lora_kernels-compiled"
 """Triton's files name each other by their paths: the same here and there."""
-PACKED = ("kernels.tar.xz", "canary.json")
+KERNELS, CANARY = "kernels.tar.xz", "canary.json"
 MOST_BYTES = 48 << 20
 KEPT = (".cubin", ".json", ".so")
 """What a launch reads; the stages on the way to the machine code are a dozen times as large."""
@@ -70,15 +70,15 @@ def canary() -> dict[str, str]:
 
 def unpack(folder: Path) -> str:
     """Fills CACHE from the folder, if its canary agrees; returns what happened, in one line."""
-    if not all((folder / name).exists() for name in PACKED):
+    if not all((folder / name).exists() for name in (KERNELS, CANARY)):
         return f"nothing compiled ahead in {folder}: `python3 -m bench.compiled_ahead` makes it"
-    told, here = json.loads((folder / PACKED[1]).read_text(encoding="utf-8")), canary()
+    told, here = json.loads((folder / CANARY).read_text(encoding="utf-8")), canary()
     different = [part for part in here if told.get(part) != here[part]]
     if different:
         parts = "; ".join(f"{part} is {here[part]!r}, was {told.get(part)!r}" for part in different)
         return f"CANARY DIFFERS, what was compiled ahead is not used: {parts}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / PACKED[0]) as archive:
+    with tarfile.open(folder / KERNELS) as archive:
         archive.extractall(CACHE, filter="data")
     return f"{sum(1 for _ in CACHE.glob('*/*.cubin'))} kernels compiled ahead"
 
@@ -86,12 +86,12 @@ def unpack(folder: Path) -> str:
 def pack(folder: Path) -> int:
     """Packs CACHE into the folder; returns the bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / PACKED[0], "w:xz") as archive:
+    with tarfile.open(folder / KERNELS, "w:xz") as archive:
         for path in sorted(CACHE.glob("*/*")):
             if path.suffix in KEPT:
                 archive.add(path, arcname=str(path.relative_to(CACHE)))
-    (folder / PACKED[1]).write_text(json.dumps(canary(), indent=1) + "\n", encoding="utf-8")
-    return sum((folder / name).stat().st_size for name in PACKED)
+    (folder / CANARY).write_text(json.dumps(canary(), indent=1) + "\n", encoding="utf-8")
+    return sum((folder / name).stat().st_size for name in (KERNELS, CANARY))
 
 
 class _NoProducts(TorchDispatchMode):
@@ -224,24 +224,28 @@ def compile_group(index: int) -> str:
     return "\n".join(faults)
 
 
-def fill(total_s: float, jobs: Sequence[tuple[str, Any]] | None = None) -> int:
-    """Fills CACHE anew, as far as the time goes; returns how many jobs had a fault or were left out."""
+def jobs() -> list[tuple[str, Any]]:
+    """What is compiled: each is a process's."""
     from bench.kernel_groups import groups
 
-    if jobs is None:
-        jobs = [("problem", given) for given in problems()] + [("group", index) for index in range(len(groups()))]
+    return [("problem", given) for given in problems()] + [("group", index) for index in range(len(groups()))]
+
+
+def fill(total_s: float) -> int:
+    """Fills CACHE anew, as far as the time goes; returns how many jobs had a fault or were left out."""
+    asked = jobs()
     shutil.rmtree(CACHE, ignore_errors=True)
     start, bad = time.perf_counter(), 0
     with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=8) as pool:
-        for done, line in enumerate(pool.imap_unordered(_job, jobs), 1):
+        for done, line in enumerate(pool.imap_unordered(_job, asked), 1):
             if line:
                 bad += 1
                 print(line, flush=True)
-            if done % 20 == 0 or done == len(jobs):
-                print(f"{done} of {len(jobs)}, {time.perf_counter() - start:.0f} s", flush=True)
+            if done % 20 == 0 or done == len(asked):
+                print(f"{done} of {len(asked)}, {time.perf_counter() - start:.0f} s", flush=True)
             if time.perf_counter() - start > total_s:
-                print(f"LEFT OUT for want of time: {len(jobs) - done} of {len(jobs)}")
-                return bad + len(jobs) - done
+                print(f"LEFT OUT for want of time: {len(asked) - done} of {len(asked)}")
+                return bad + len(asked) - done
     return bad
 
 

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 VARIABLE = "LORA_KERNELS_WITHOUT"
-SWITCHES = ("dependent launch", "descriptors", "repeated launches", "pipelining")
+SWITCHES = ("dependent launch", "second stream", "descriptors", "repeated launches", "pipelining")
 
 
 def pytest_configure(config: Any) -> None:
@@ -37,6 +37,8 @@ def apply(switch: str) -> None:
         found = planned(problem)
         if switch == "dependent launch":
             return dataclasses.replace(found, use_pdl=False)
+        if switch == "second stream":
+            return dataclasses.replace(found, beside=False)
         if switch == "descriptors":
             return dataclasses.replace(found, use_pdl=False, use_tma=False)
         # The persistent kernel's ring needs two.

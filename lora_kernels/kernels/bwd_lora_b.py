@@ -104,7 +104,10 @@ def bwd_lora_b(
     precision: str,
     tile: Tile,
 ) -> LoRABGradients:
-    """dyb [M, R] and d_lora_B [N, R] in lora_B's dtype, d_bias [N] in bias_dtype; xa None: no d_lora_B."""
+    """dyb [M, R] and d_lora_B [N, R] in lora_B's dtype, d_bias [N] in bias_dtype; xa None: no d_lora_B.
+
+    gain: what an fp16 xa leaves out (`ops._scale`), put back into d_lora_B.
+    """
     (m, n), r = dy.shape, lora_B.shape[1]
     rows_per_split, splits = split_in_blocks(m, splits, tile.block_m)
     columns = ceil_div(n, tile.block_n)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_kernels.planning.tiles import DROPOUT, Rates, Tile, Width, dyb_columns, padded_rank, rates_of
+from lora_kernels.planning.tiles import DROPOUT, Tile, Width, dyb_columns, padded_rank, rates_of
 
 if TYPE_CHECKING:
     from lora_kernels.planning.plan import Problem, Way
@@ -243,7 +243,7 @@ class _Side:
 
     def __init__(self, problem: Problem, columns: int) -> None:
         self._problem, self._elements = problem, problem.M * columns
-        self._rates: Rates = rates_of(problem.family, problem.device)
+        self._rates = rates_of(problem.family, problem.device)
         self._bytes_us = 1e6 * COPY * self._rates.tbytes
 
     def streams(self, passes: int) -> float:

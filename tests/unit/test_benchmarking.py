@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -375,3 +376,28 @@ def test_a_cpus_name_tells_its_instructions_and_folders_of_two_kinds_differ(monk
     endings = ["", "-avx2", "-avx-512", "-avx-512-bf16-amx"]
     threads = f"-{torch.get_num_threads()}-threads"
     assert list(names.values()) == [names["old"].removesuffix(threads) + ending + threads for ending in endings]
+
+
+# -- what only a GPU has, with the GPU taken out -----------------------------------------------------------------------
+
+
+def test_host_time_is_the_median_of_a_few_calls_between_two_waits(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("wait"))
+    us = runner._host_us(lambda: told.append("call") or time.sleep(0.002), torch.device("cuda"))
+    assert told == ["wait", *["call"] * runner.HOST_CALLS, "wait"]
+    assert 2_000 <= us < 200_000
+
+
+def test_what_cannot_be_captured_is_left_out_of_the_graphs(monkeypatch):
+    def captured(call, device):
+        if call is refused:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    def refused():
+        pytest.fail("timed without its graph")
+
+    monkeypatch.setattr(runner, "_captured", captured)
+    samples = runner._in_graphs({"ours": lambda: None, "theirs": refused}, torch.device("cpu"), 0.01)
+    assert set(samples.ms) == {"ours"}

@@ -204,10 +204,10 @@ def test_a_child_of_a_stopped_part_does_not_hold_it_up(out, monkeypatch):
 def test_a_canary_that_differs_is_said_with_its_part(tmp_path):
     pytest.importorskip("triton", reason="Triton exists for Linux only")
     assert "nothing compiled ahead" in compiled_ahead.unpack(tmp_path)
-    with tarfile.open(tmp_path / compiled_ahead.PACKED[0], "w:xz"):
+    with tarfile.open(tmp_path / compiled_ahead.KERNELS, "w:xz"):
         pass
     told = compiled_ahead.canary() | {"ptxas": "11.0"}
-    (tmp_path / compiled_ahead.PACKED[1]).write_text(json.dumps(told), encoding="utf-8")
+    (tmp_path / compiled_ahead.CANARY).write_text(json.dumps(told), encoding="utf-8")
     line = compiled_ahead.unpack(tmp_path)
     assert "CANARY DIFFERS" in line
     assert "ptxas is" in line
