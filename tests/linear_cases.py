@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import reduce
 from itertools import chain, combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,7 +176,21 @@ class Nothing(TorchDispatchMode):
 
 # Where fp16 is short of exponents: what is stored of the rank, and what is made of it.
 STORED = {"xa": ("y", "d_lora_B"), "dyb": ("d_x", "d_lora_A")}
+
+
 SCALINGS = (1 / 64, 1.0, 32.0, 512.0)
+
+
+def over_fp16s_range(*scalings: float) -> Callable[[Callable[..., None]], Any]:
+    """Parametrizes a test by p, by scalings far from one, and by the stored product that they may take out of range."""
+    import pytest  # `bench.compiled_ahead` takes this module's dtypes where no test is run
+
+    marks = (
+        pytest.mark.parametrize("stored", STORED),
+        pytest.mark.parametrize("scaling", scalings or SCALINGS),
+        pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"]),
+    )
+    return lambda test: reduce(lambda so_far, mark: mark(so_far), marks, test)
 
 
 def far_from_one(inputs: Inputs, stored: str) -> Inputs:

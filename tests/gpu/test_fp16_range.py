@@ -6,12 +6,10 @@ import pytest
 
 from lora_kernels.testing import run_linear
 from tests.gpu.test_linear import STRATEGIES, inputs_of, plan_for, run_under
-from tests.linear_cases import SCALINGS, STORED, assert_in_range, far_from_one
+from tests.linear_cases import SCALINGS, assert_in_range, far_from_one, over_fp16s_range
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
-@pytest.mark.parametrize("scaling", [SCALINGS[0], SCALINGS[-1]])
-@pytest.mark.parametrize("stored", STORED)
+@over_fp16s_range(SCALINGS[0], SCALINGS[-1])
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "torch"])
 def test_fp16_stays_in_range(strategy, stored, scaling, p):
     problem = far_from_one(inputs_of((150, 200, 168), "fp16", 8, scaling=scaling, dropout_p=p), stored)

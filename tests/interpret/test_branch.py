@@ -20,12 +20,11 @@ from lora_kernels.testing import BranchInputs, poisoned_allocation, run_branch, 
 from tests.branch_cases import DTYPES, SUBSETS, TENSORS, inputs_of, problems
 from tests.linear_cases import (
     LAYOUTS,
-    SCALINGS,
-    STORED,
     assert_in_range,
     assert_same_bits,
     assert_within_budget,
     far_from_one,
+    over_fp16s_range,
     with_layouts,
 )
 
@@ -78,9 +77,7 @@ def test_budget_of_edges(dtypes, p, size):
     assert_within_budget(problems(size, dtypes, 25, dropout_p=p)[:20], run)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("stored", STORED)
+@over_fp16s_range()
 @pytest.mark.parametrize("out", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_fp16_stays_in_range(out, stored, scaling, p):
     dtypes = (torch.float16, torch.float16, out)

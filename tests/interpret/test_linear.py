@@ -22,8 +22,6 @@ from tests.linear_cases import (
     DTYPES,
     LAYOUTS,
     PARAMETERS,
-    SCALINGS,
-    STORED,
     SUBSETS,
     assert_in_range,
     assert_rounded_once_each,
@@ -31,6 +29,7 @@ from tests.linear_cases import (
     assert_within_budget,
     far_from_one,
     laid_out,
+    over_fp16s_range,
     pooled,
     with_layouts,
 )
@@ -118,9 +117,7 @@ def test_y_and_dx_are_rounded_once(strategy, dtype, p):
     assert_rounded_once_each(problem, {name: found[name] for name in ("y", "d_x")}, of_products=2**-16)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("stored", STORED)
+@over_fp16s_range()
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fp16_stays_in_range(strategy, stored, scaling, p):
     problem = far_from_one(inputs_of((70, 88, 168), "fp16", 8, scaling=scaling, dropout_p=p), stored)

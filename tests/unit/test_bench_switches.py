@@ -51,5 +51,5 @@ def test_launches_are_as_written_without_repeated_ones(monkeypatch):
 
 
 def test_an_unknown_switch_is_refused():
-    with pytest.raises(ValueError, match="LORA_KERNELS_WITHOUT must be one of dependent launch, .*; got 'pdl'"):
+    with pytest.raises(ValueError, match=r"LORA_KERNELS_WITHOUT must be one of dependent launch, .*; got 'pdl'"):
         switches.apply("pdl")

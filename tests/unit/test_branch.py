@@ -16,13 +16,12 @@ from tests.branch_cases import DTYPES, SAME, SUBSETS, TENSORS, inputs_of, proble
 from tests.equality import whole
 from tests.linear_cases import (
     LAYOUTS,
-    SCALINGS,
-    STORED,
     assert_in_range,
     assert_same_bits,
     assert_within_budget,
     far_from_one,
     laid_out,
+    over_fp16s_range,
     truth_of,
     with_layouts,
 )
@@ -59,9 +58,7 @@ def test_budget_under_both_plans(dtypes, size, p, strategy):
     assert_within_budget(problems(size, dtypes, dropout_p=p), partial(run_branch_plan, plan=PLANS[strategy]))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("stored", STORED)
+@over_fp16s_range()
 @pytest.mark.parametrize("out", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("strategy", PLANS)
 def test_fp16_stays_in_range(strategy, out, stored, scaling, p):

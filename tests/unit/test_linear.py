@@ -24,8 +24,6 @@ from tests.linear_cases import (
     DTYPES,
     LAYOUTS,
     PARAMETERS,
-    SCALINGS,
-    STORED,
     SUBSETS,
     assert_in_range,
     assert_rounded_once_each,
@@ -33,6 +31,7 @@ from tests.linear_cases import (
     assert_within_budget,
     far_from_one,
     laid_out,
+    over_fp16s_range,
     pooled,
     truth_of,
     with_layouts,
@@ -85,9 +84,7 @@ def test_budget_under_both_plans(dtype, size, p, strategy):
     assert_within_budget(problems(size, dtype, dropout_p=p), partial(run_under, PLANS[strategy]))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("stored", STORED)
+@over_fp16s_range()
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("strategy", PLANS)
 def test_fp16_stays_in_range(strategy, bias, stored, scaling, p):
