@@ -131,17 +131,15 @@ def parts(call: str, device: str, folder: Path, failed: Sequence[str], *, warmed
     mixed = Part(
         "tests of the linear under fp32 adapters", 60, _tests(device, "-k", f"mixed and not ({LATER})", LINEAR), RIGHT
     )
-    linear = Part("tests of the linear", 95, _tests(device, "-k", f"not (mixed or {LATER})", LINEAR, RANGE), RIGHT)
+    linear = Part("tests of the linear", 75, _tests(device, "-k", f"not (mixed or {LATER})", LINEAR, RANGE), RIGHT)
     branch = Part(
         "tests of the branch and of repeated launches",
         65,
         _tests(device, "-k", f"not ({LATER})", BRANCH, REPLAY, BESIDE),
         RIGHT,
     )
-    persistent = Part("tests of the persistent kernel", 40, _tests(device, "-x", PERSISTENT, workers=8), RIGHT)
-    repeat = Part(
-        "300 times the same bits", 40 if warmed else 35, (*own, "repeat", *where), "races", 4, interpreted
-    )  # fmt: skip
+    persistent = Part("tests of the persistent kernel", 60, _tests(device, "-x", PERSISTENT, workers=8), RIGHT)
+    repeat = Part("300 times the same bits", 30, (*own, "repeat", *where), "races", 4, interpreted)
     info = Part("info", 10, ("-m", "lora_kernels", "info"), "the GPU's name and limits")
     warm = Part("every case once, in many processes", 45, (*own, "warm", *where), "kernels that do not load", 8)
     right = [info, *([] if warmed else [warm]), mixed, linear, branch, repeat, persistent]
