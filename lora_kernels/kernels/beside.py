@@ -1,17 +1,18 @@
 """Launches beside the current stream's: rank-sized kernels on the multiprocessors that a large product leaves.
 
-    with forked(dy, when=True) as beside:   what is launched from here on waits for what was launched before
-        product                             on the current stream
+    with forked(when=True) as beside:   what is launched from here on waits for what was launched before
+        product                         on the current stream
         with beside:
-            rank-sized kernels              on a second one, at the same time
-    ...                                     waits for both
+            rank-sized kernels          on a second one, at the same time
+    end of the call                     what comes next waits for both
 
 8192 x 4096 tiles as 1024 of 128 x 256, eight waves of 128 programs: four of an H200's 132 multiprocessors are idle
 throughout, and read x for dA in that time.
 
-Allocations stay the current stream's. Memory that is freed inside of a fork could be given to the other side of it,
-where the freed tensor is still read, so nothing may be freed there: `replay` keeps a fork's tensors to its end, and
-callers allocate no temporary between the fork and the last allocation inside of it.
+Only a call that is repeated from its recipe (`kernels.replay`) does it; as it is written, everything is on the current
+stream, in the order of the text. A recipe knows all of its allocations: they are made before the fork, on the current
+stream, so that their memory is nobody else's by then, and held until after the join, so that nobody is given memory
+that the other stream still uses. Whatever is raised in between, there is a join.
 """
 
 from collections.abc import Iterator
@@ -19,12 +20,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lora_kernels.kernels.launch import observer
 
 _seconds: dict[tuple[int, int], "torch.cuda.Stream"] = {}
-"""By device and stream: a second stream that two others shared would order them, and capture both."""
+"""By device and stream. PyTorch hands out 32 streams of a device in turn: a second one may be somebody else's, which
+orders more than it must, but never the first itself."""
 
 
 class Fork(NamedTuple):
@@ -40,7 +41,10 @@ class Fork(NamedTuple):
         key = (current.device_index, current.cuda_stream)
         second = _seconds.get(key)
         if second is None:
-            second = _seconds[key] = torch.cuda.Stream(device)
+            second = torch.cuda.Stream(device)
+            while second.cuda_stream == current.cuda_stream:
+                second = torch.cuda.Stream(device)
+            _seconds[key] = second
         second.wait_stream(current)
         return Fork(current, second)
 
@@ -49,30 +53,18 @@ class Fork(NamedTuple):
         self.current.wait_stream(self.second)
 
 
-def has_streams(t: Tensor) -> bool:
-    """Whether kernels over t are launched on streams."""
-    return t.is_cuda
-
-
 @contextmanager
-def forked(t: Tensor, *, when: bool) -> Iterator[AbstractContextManager[None]]:
-    """A fork on t's GPU: its second stream takes the launches within what it gives. Else there is one order."""
-    if not (when and has_streams(t)):
-        yield nullcontext()
-        return
-    fork = Fork.of(t.device)
-    if observer.forked is not None:
+def forked(*, when: bool) -> Iterator[AbstractContextManager[None]]:
+    """Where a call forks, to its end; what it gives names the launches of the second stream. Without `when`, none."""
+    if when and observer.forked is not None:
         observer.forked()
-    try:
-        yield _sent_to(fork.second)
-    finally:
-        fork.join()
+    yield _named_beside() if when else nullcontext()
 
 
 @contextmanager
-def _sent_to(stream: "torch.cuda.Stream") -> Iterator[None]:
-    observer.beside = stream
+def _named_beside() -> Iterator[None]:
+    observer.beside = True
     try:
         yield
     finally:
-        observer.beside = None
+        observer.beside = False

@@ -11,7 +11,6 @@ What Triton's settings (`triton.knobs`) were when a binary was first made is wha
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -30,12 +29,12 @@ MOST_BINARIES = 8192
 
 
 class _Observer(threading.local):
-    """Who is told of this thread's launches and forks: a recorder (`replay`), or nobody; and where launches go."""
+    """Who is told of this thread's launches and forks: a recorder (`replay`), or nobody."""
 
     launched: Callable[["Launch"], None] | None = None
     forked: Callable[[], None] | None = None
-    beside: "torch.cuda.Stream | None" = None
-    """The second stream of a fork (`kernels.beside`); None: launches go to the current one."""
+    beside: bool = False
+    """Whether launches are the second stream's of a fork (`kernels.beside`), once they are repeated."""
 
 
 observer = _Observer()
@@ -77,19 +76,17 @@ def launch(
     values = tuple(constexprs.values())
     key = (kinds, device, values, num_warps, num_stages, launch_pdl, *pick.traits(args))
     compiled = _compiled.get(key)
-    launched = Launch(compiled, (*grid, 1, 1)[:3], (*args, *values), observer.beside is not None)
-    # Triton's own way, of a first launch and of a profiled one, knows the current stream alone.
-    with nullcontext() if observer.beside is None else torch.cuda.stream(observer.beside):
-        if compiled is None:
-            if len(_compiled) >= MOST_BINARIES:
-                _compiled.clear()
-            pdl = {"launch_pdl": True} if launch_pdl else {}  # AMD's compiler does not know the option
-            compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, **pdl)
-            _compiled[key] = compiled
-        elif is_profiled():
-            compiled[launched.grid](*launched.args)
-        else:
-            launched.run(driver.active.get_current_stream(device), launched.args)
+    launched = Launch(compiled, (*grid, 1, 1)[:3], (*args, *values), observer.beside)
+    if compiled is None:
+        if len(_compiled) >= MOST_BINARIES:
+            _compiled.clear()
+        pdl = {"launch_pdl": True} if launch_pdl else {}  # AMD's compiler does not know the option
+        compiled = kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, **pdl)
+        _compiled[key] = compiled
+    elif is_profiled():
+        compiled[launched.grid](*launched.args)
+    else:
+        launched.run(driver.active.get_current_stream(device), launched.args)
     if observer.launched is not None:
         observer.launched(launched._replace(compiled=compiled))
 
@@ -97,7 +94,7 @@ def launch(
 class Launch(NamedTuple):
     """What was launched: the binary, three sizes of its grid, the arguments with the constexprs behind them.
 
-    beside: on the second stream of a fork.
+    beside: for the second stream of a fork.
     """
 
     compiled: Any

@@ -268,14 +268,22 @@ def persistent_available() -> Availability:
     return Availability(True, "")
 
 
-def persistent_serves(*, lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor, e: Tensor) -> bool:
-    """Whether all are of one 16-bit dtype and can be described, e laid out as weight is: N, R and K by eights, then."""
+def persistent_serves(
+    *, lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor | None = None, e: Tensor | None = None
+) -> bool:
+    """Whether all are of one 16-bit dtype and can be described, e laid out as weight is: N, R and K by eights, then.
+
+    No s and e: those will be made as they have to be.
+    """
     n = weight.shape[0 if transpose_weight else 1]
+    there = [lhs, weight]
+    if s is not None and e is not None:
+        there += [s, e.T if transpose_weight else e]
     return (
         lhs.element_size() == 2
-        and lhs.dtype == weight.dtype == s.dtype == e.dtype
+        and all(t.dtype == lhs.dtype for t in there)
         and n * lhs.element_size() % ALIGNMENT_BYTES == 0
-        and tma_serves(lhs, weight, s, e.T if transpose_weight else e)
+        and tma_serves(*there)
     )
 
 

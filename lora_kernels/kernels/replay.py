@@ -10,7 +10,7 @@ one runs as written for ever.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,25 +58,40 @@ class Recipe(NamedTuple):
     def follow(self, inputs: Inputs, device: torch.device, stream: int) -> Outputs:
         """The outputs for these inputs."""
         slots = list(inputs)
-        fork = None
-        for index, (allocations, launch, tensors, descriptors, last) in enumerate(self.steps):
-            if index == self.fork:
-                fork = Fork.of(device)
-            for shape, strides, dtype in allocations:
-                # torch.empty takes 1.4 times as long (`bench.choices`).
-                slots.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
-            args = list(launch.args)
-            for place, slot in tensors:
-                args[place] = slots[slot]
-            for place, slot, kind, attributes in descriptors:
-                args[place] = _described(kind, attributes, slots[slot])
-            launch.run(fork.second.cuda_stream if fork is not None and launch.beside else stream, args)
-            args.clear()  # so that the slots are the last to hold a tensor
-            for slot in last:
-                slots[slot] = None
-        if fork is not None:
-            fork.join()
+        before = len(self.steps) if self.fork is None else self.fork
+        self._launch(self.steps[:before], slots, device, stream, None)
+        if self.fork is not None:
+            for step in self.steps[before:]:
+                _allocate(step, slots, device)
+            fork = Fork.of(device)
+            try:
+                self._launch(self.steps[before:], slots, device, stream, fork)
+            finally:
+                fork.join()
         return tuple([None if slot is None else slots[slot] for slot in self.outputs])
+
+    def _launch(
+        self, steps: Sequence[Step], slots: list[Tensor | None], device: torch.device, stream: int, fork: Fork | None
+    ) -> None:
+        """The steps in turn; without a fork they allocate as they go."""
+        for step in steps:
+            if fork is None:
+                _allocate(step, slots, device)
+            args = list(step.launch.args)
+            for place, slot in step.tensors:
+                args[place] = slots[slot]
+            for place, slot, kind, attributes in step.descriptors:
+                args[place] = _described(kind, attributes, slots[slot])
+            step.launch.run(stream if fork is None or not step.launch.beside else fork.second.cuda_stream, args)
+            args.clear()  # so that the slots are the last to hold a tensor
+            for slot in step.last:
+                slots[slot] = None
+
+
+def _allocate(step: Step, slots: list[Tensor | None], device: torch.device) -> None:
+    for shape, strides, dtype in step.allocations:
+        # torch.empty takes 1.4 times as long (`bench.choices`).
+        slots.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
 
 
 def _described(kind: type, attributes: dict[str, Any], base: Tensor | None) -> Any:
@@ -222,7 +237,7 @@ class _Recorder(TorchDispatchMode):
         needed = set(results)
         for index, step in reversed(list(enumerate(self.steps))):
             used = {slot for _, slot, *_ in (*step.tensors, *step.descriptors)}
-            if self.fork is not None and index >= self.fork:  # the other stream may be behind
+            if self.fork is not None and index >= self.fork:  # held until after the join
                 needed |= used
                 continue
             last = tuple(slot for slot in used - needed if slot >= self.inputs)

@@ -5,7 +5,7 @@ Imports `kernels`, hence triton; itself imported only inside the implementations
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -91,10 +91,8 @@ def _fused_forward(
             tile=plan.tile("one_pass"), sum_tile=plan.tile("one_pass_sum"),
         )  # fmt: skip
     (xa,) = _xa(x, lora_A, seed, threshold, scale, plan)
-    if plan.strategy == "persistent":
-        y = _persistent(x, weight, True, _Terms.of(xa, lora_B.T, x, by_columns=True), bias, scale.gain, plan)
-        if y is not None:
-            return y, xa
+    if plan.strategy == "persistent" and _persistent_serves(x, weight, True, xa, lora_B.T):
+        return _persistent(x, weight, True, *_terms(x, xa, lora_B.T, by_columns=True), bias, scale.gain, plan), xa
     return _gemm(x, weight, True, xa, lora_B.T, bias, None, 0, scale.gain, plan), xa
 
 
@@ -172,45 +170,40 @@ def _fused_backward(
             precision=plan.precision, tile=plan.tile("bwd_lora_a"),
         )  # fmt: skip
 
-    if needs.x and strategy == "persistent":
+    if needs.x and strategy != "library":
         assert weight is not None and dyb is not None
-        terms = _Terms.of(dyb, lora_A, dy, by_columns=False)
-        # Nothing is freed between the fork and dA's last allocation (`kernels.beside`): terms are held beyond it.
-        with forked(dy, when=plan.beside and needs.lora_A) as beside:
-            dx = _persistent(dy, weight, False, terms, None, scale.gain, plan)
-            if needs.lora_A:
-                with beside:
-                    d_lora_A = from_x()
-    elif needs.lora_A:
-        d_lora_A = from_x()
-    if needs.x and dx is None and strategy != "library":
-        assert weight is not None and dyb is not None
+        if strategy == "persistent" and _persistent_serves(dy, weight, False, dyb, lora_A):
+            s, e = _terms(dy, dyb, lora_A, by_columns=False)
+            with forked(when=plan.beside and needs.lora_A) as beside:
+                dx = _persistent(dy, weight, False, s, e, None, scale.gain, plan)
+                if needs.lora_A:
+                    with beside:
+                        d_lora_A = from_x()
+            return dyb, dx, d_lora_A, d_lora_B, d_bias
         dx = _gemm(dy, weight, False, dyb, lora_A, None, seed, threshold, scale.gain, plan)
+    if needs.lora_A:
+        d_lora_A = from_x()
     return dyb, dx, d_lora_A, d_lora_B, d_bias
 
 
-class _Terms(NamedTuple):
-    """s [M, *] and e [*, N] of the persistent kernel's expand."""
+def _persistent_serves(lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor, e: Tensor) -> bool:
+    """Whether the persistent kernel can take these layouts, in this Triton; parts are made as it wants them."""
+    if s.dtype == torch.float32 and lhs.dtype == torch.bfloat16:
+        serves = persistent_serves(lhs=lhs, weight=weight, transpose_weight=transpose_weight)
+    else:
+        serves = persistent_serves(lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e)
+    return serves and bool(persistent_available())
 
-    s: Tensor
-    e: Tensor
 
-    @staticmethod
-    def of(s: Tensor, e: Tensor, lhs: Tensor, *, by_columns: bool) -> _Terms:
-        """As they are, or fp32 ones in parts beside a bf16 lhs."""
-        if s.dtype == torch.float32 and lhs.dtype == torch.bfloat16:
-            return _Terms(*in_parts(s=s, e=e, by_columns=by_columns))
-        return _Terms(s, e)
+def _terms(lhs: Tensor, s: Tensor, e: Tensor, *, by_columns: bool) -> tuple[Tensor, Tensor]:
+    """s [M, *] and e [*, N] of the persistent kernel's expand: as they are, or fp32 ones in parts."""
+    return (s, e) if s.dtype == lhs.dtype else in_parts(s=s, e=e, by_columns=by_columns)
 
 
 def _persistent(
-    lhs: Tensor, weight: Tensor, transpose_weight: bool, terms: _Terms, bias: Tensor | None, gain: float, plan: Plan
-) -> Tensor | None:
-    """The large GEMM of either direction with its expand; None where it does not serve these layouts or this Triton."""
-    s, e = terms
-    serves = persistent_serves(lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e)
-    if not (serves and persistent_available()):
-        return None
+    lhs: Tensor, weight: Tensor, transpose_weight: bool, s: Tensor, e: Tensor, bias: Tensor | None, gain: float,
+    plan: Plan,
+) -> Tensor:  # fmt: skip
     return persistent(
         lhs=lhs, weight=weight, transpose_weight=transpose_weight, s=s, e=e, bias=bias, gain=gain,
         tile=plan.tile("persistent", backward=not transpose_weight), sm_count=plan.sm_count,
