@@ -356,11 +356,11 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
         calls: dict[str, Call] = {"library": partial(run, 0, (), "")}
         calls["library, then dA"] = partial(run, 0, (from_x,), "")
         calls["library beside dA"] = partial(run, 0, (from_x,), "beside")
-        for programs in (132, 124, 112):
+        tiles = -(-m // big.block_m) * -(-k // big.block_n)
+        for programs in (-(-tiles // -(-tiles // sms)) for sms in (132, 124, 112)):  # as many as the waves need
             calls[f"persistent /{programs}"] = partial(run, programs, (), "")
-        calls["persistent /132, then dA"] = partial(run, 132, (from_x,), "")
-        calls["persistent /132, then dB, dA"] = partial(run, 132, (from_dy, from_x), "")
-        for programs in (132, 124, 112):
+            calls[f"persistent /{programs}, then dA"] = partial(run, programs, (from_x,), "")
+            calls[f"persistent /{programs}, then dB, dA"] = partial(run, programs, (from_dy, from_x), "")
             calls[f"persistent /{programs} beside dA"] = partial(run, programs, (from_x,), "beside")
             calls[f"persistent /{programs} beside dB, dA"] = partial(run, programs, (from_dy, from_x), "beside")
             # Not the order of a backward: what a kernel would have to do that makes dyb while it multiplies.

@@ -35,6 +35,8 @@ COLOURS = (
     CONTROL, THEIRS, "#2563a8", "#7c3aed", "#a78bfa", "#dc2626", "#f59e0b", "#db2777",
     OURS, "#14b8a6", "#84cc16", "#65a30d", "#4d7c0f", "#0e7490", "#164e63",
 )  # fmt: skip
+TICKS = (0.5, 0.8, 1, 1.2, 1.5, 2, 3, 4, 5)
+WIDE = 8.0  # of ratios, from which on powers of ten say enough
 CASES_SHOWN = 40  # more lines than that no one reads on a slide; the rows are in linear.csv
 
 
@@ -118,7 +120,12 @@ def _dots(
             axes.axvline(1, color=INK, linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        axes.xaxis.set_minor_formatter(lambda number, _: f"{number:g}" if one and number < 3 else "")
+        if one and axes.get_xlim()[1] < WIDE:
+            low, high = axes.get_xlim()
+            axes.set_xticks([tick for tick in TICKS if low <= tick <= high])
+            axes.set_xticks([], minor=True)
+        else:
+            axes.xaxis.set_minor_formatter(lambda number, _: f"{number:g}" if one and number < 3 else "")
         axes.set_yticks(range(len(cases)), [f"{case_label(case)}, {case.mode}" for case in cases])
         axes.set_ylim(len(cases) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)

@@ -16,9 +16,9 @@ import torch
 
 # Larger than the last-level cache of any GPU on sale (H100 50 MB, B200 126 MB, MI300X 256 MB).
 L2_FLUSH_BYTES = 512 * 2**20
-# About a millisecond of GPU clock between flush and start. The flush alone keeps the queue busy for 0.1 ms on an H200,
-# by its data sheet, in which a host launches a fused forward, but not PEFT's forward and backward: what is timed would
-# be Python.
+# About 2.5 ms of an H200's clock between flush and start. The flush alone keeps the queue busy for 0.1 ms, in which a
+# host launches a fused forward, but not forward and backward, which took the one beside that H200 up to 1.4 ms: what is
+# timed would be Python.
 LEAD_CYCLES = 5_000_000
 MIN_ROUNDS, MAX_ROUNDS = 6, 60  # where a time budget decides
 SLOW_ROUNDS = 3  # where one round takes more than the budget: a call of seconds is steadier than one of milliseconds

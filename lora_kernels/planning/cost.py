@@ -60,8 +60,8 @@ TORCH_MASK_LAUNCHES = 100
 MIXED_PRODUCTS = {torch.bfloat16: 3, torch.float16: 4}
 """A 16-bit operand beside an fp32 one: three bf16 products, or two of tf32, each at half of the 16-bit rate."""
 BESIDE_US = 5.0
-"""What dA adds to a product that it runs beside, on an H200: 5.1 us to 349.6 for x [8192, 4096], where it takes 30 by
-itself; 6.8 to 1186 where K of the product is 14336; 18 to 1232 for x [8192, 14336]; 4.3 to 93.5 for x [2048, 4096]."""
+"""What dA adds to a product that it runs beside, on an H200: 5.1 us to 349.6 for x [8192, 4096], where it adds 25 after
+it; 6.8 to 1186 where K of the product is 14336; 4.3 to 93.5 for x [2048, 4096]. For x [8192, 14336] it is 18."""
 BESIDE_GB_S = 60.0
 """What a multiprocessor without a tile reads meanwhile: four and a short tail read 134 MB in 374 us beside 350."""
 LANES_GHZ = 128 * 1.7  # instructions a multiprocessor issues in a nanosecond, all lanes counted
@@ -108,10 +108,12 @@ class Costs:
         waves = (_waves(p, rows, width, columns) for rows, width in LIBRARY_TILES)
         return self._gemm(1.0, waves=min(*waves, MOST_WAVES))
 
-    def _rank_sized(self, columns: int, mask_us: float = 0.0) -> float:
-        """A product of the rank that reads an [M, columns] tensor."""
-        read = max(self._pass(self._problem.M, columns, 1) / RANK_SIZED, mask_us)
-        return read * (IN_PARTS if self._problem.width == "mixed" else 1.0) + SMALL_US
+    def _rank_sized(self, columns: int, mask_us: float = 0.0, *, kernels: bool) -> float:
+        """A product of the rank that reads an [M, columns] tensor, in our kernels or in the library."""
+        read = self._pass(self._problem.M, columns, 1) / RANK_SIZED
+        if not kernels:
+            return read + SMALL_US
+        return max(read, mask_us) * (IN_PARTS if self._problem.width == "mixed" else 1.0) + SMALL_US
 
     def _mask(self, kind: str) -> float:
         p = self._problem
@@ -142,7 +144,7 @@ class Costs:
             launches = 2 if tile_n * p.sm_count >= 2 * p.N else 1
             read = self._gemm(1.0, extra_work=padded_rank(p.R) / tile_n) / ONE_PASS[p.width]
             return read + launches * LAUNCH_US
-        shrink = self._rank_sized(p.K, self._mask("streamed")) + LAUNCH_US
+        shrink = self._rank_sized(p.K, self._mask("streamed"), kernels=way.backend == "triton") + LAUNCH_US
         if way.strategy in ("shrink_fused", "persistent"):
             return shrink + self._fused(way) + LAUNCH_US
         if way.backend == "torch":
@@ -155,7 +157,9 @@ class Costs:
 
     def _backward(self, way: Way) -> float:
         p = self._problem
-        read_dy, read_x = self._rank_sized(p.N), self._rank_sized(p.K, self._mask("streamed"))
+        kernels = way.backend == "triton"
+        read_dy = self._rank_sized(p.N, kernels=kernels)
+        read_x = self._rank_sized(p.K, self._mask("streamed"), kernels=kernels)
         if way.backend == "torch":
             converted = 2 * self._conversion(p.M, p.N) + 2 * self._conversion(p.M, p.K)
             rank_sized = 2 * read_dy + read_x + converted + self._torch_mask()

@@ -18,8 +18,7 @@ SIZES = [(304, 264, 520), (2048, 1024, 1024)]
 def test_budget_and_bits(dtype, size):
     several = [inputs_of(size, dtype, seed=seed, bias=True) for seed in range(2)]
     plan = plan_for(several[0], "persistent")
-    # Each launch anew: a first one is Triton's, which knows the current stream alone, and takes the host so long that
-    # a wait that is missing shows.
+    # Each launch anew: a first one takes the host so long that a wait that is missing shows.
     launch._compiled.clear()
     replay._recipes.clear()
     assert_within_budget(several, lambda inputs: run_under(replace(plan, beside=True), inputs))
@@ -31,7 +30,7 @@ def test_budget_and_bits(dtype, size):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_steps_amid_allocations(dtype):
-    # What one side of a fork frees, the other must not be given while it is read: freed memory is written over here.
+    # What a call frees when it ends is written over at once, on the stream that waited for both.
     inputs = inputs_of((8192, 4096, 4096), dtype)
     plan = plan_for(inputs, "persistent")
     assert plan.beside
