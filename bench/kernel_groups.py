@@ -303,6 +303,7 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
         from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
         from lora_kernels.kernels.bwd_lora_b import bwd_lora_b
         from lora_kernels.kernels.persistent import persistent
+        from lora_kernels.kernels.reduce_partials import Reduction, reduce_partials
         from lora_kernels.kernels.shrink import shrink
 
         dy, x, weight = normal(device, m, n), normal(device, m, k), normal(device, n, k, std=n**-0.5)
@@ -324,6 +325,11 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
                 dy=dy, lora_B=lora_B, xa=xa, bias_dtype=None, needs_dyb=False, scale=1.0,
                 splits=max(1, 132 // -(-n // tile_b.block_n)), precision="ieee", tile=tile_b,
             )  # fmt: skip
+
+        partials, summed = normal(device, 8, n, r, dtype=torch.float32), normal(device, n, r)
+
+        def a_sum() -> None:
+            reduce_partials([Reduction(partials, summed)])
 
         def for_dyb() -> None:
             shrink(
@@ -362,6 +368,8 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
             calls[f"persistent /{programs}, then dA"] = partial(run, programs, (from_x,), "")
             calls[f"persistent /{programs}, then dB, dA"] = partial(run, programs, (from_dy, from_x), "")
             calls[f"persistent /{programs} beside dA"] = partial(run, programs, (from_x,), "beside")
+            # dB's sum ahead of dA: while it runs, the product's programs are placed, on all multiprocessors they want.
+            calls[f"persistent /{programs} beside a sum, dA"] = partial(run, programs, (a_sum, from_x), "beside")
             calls[f"persistent /{programs} beside dB, dA"] = partial(run, programs, (from_dy, from_x), "beside")
             # Not the order of a backward: what a kernel would have to do that makes dyb while it multiplies.
             calls[f"persistent /{programs} beside dyb"] = partial(run, programs, (for_dyb,), "beside")
