@@ -235,4 +235,5 @@ def test_trainer_that_checkpoints(kind, tmp_path):
     model = adapted(kind, lora_dropout=0.1)
     expected = trained(kind, patched_twin(model), tmp_path)
     found = trained(kind, patched_twin(model), tmp_path, gradient_checkpointing=True)
-    assert_same_numbers(found, expected)
+    # Kept in fp64, and computed in fp32.
+    assert_same_numbers(*({part: t.float() for part, t in moved.items()} for moved in (found, expected)))
