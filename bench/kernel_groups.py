@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lora_kernels.planning.tiles import Tile, tile_of
+from lora_kernels.planning.tiles import Tile, fewest_programs, tile_of
 from lora_kernels.reference.philox import dropout_threshold
 
 Call = Callable[[], Tensor]
@@ -293,7 +293,7 @@ def decodes(m: int, n: int, k: int, *, r: int = 16, mixed: bool = False) -> Grou
     return Group(f"one pass {m}x{n}x{k} r={r}{kind}", floor_us(2.0 * (n * k + m * (n + k)), 0), build)
 
 
-def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
+def with_dx(m: int, n: int, k: int, *, r: int = 16) -> Group:
     """dx [m, k] = dy W + dyb A, and dA (and dB): one after the other, or the rank-sized products on a second stream.
 
     The second stream's programs get the multiprocessors that the product leaves, and all of them once it has ended.
@@ -314,7 +314,7 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
             tile_of("hopper", "16", kernel, rank=r) for kernel in ("bwd_lora_a", "bwd_lora_b", "shrink")
         )
         assert big is not None and tile_a is not None and tile_b is not None and tile_s is not None
-        side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        second = torch.cuda.Stream(device) if device.type == "cuda" else None
 
         def from_x() -> None:
             splits = max(1, 264 // -(-k // tile_a.block_k))
@@ -336,43 +336,44 @@ def beside(m: int, n: int, k: int, *, r: int = 16) -> Group:
                 x=dy, lora_A=lora_B.T, seed=None, threshold=0, scale=1.0, splits=1, precision="ieee", tile=tile_s
             )  # fmt: skip
 
-        def run(programs: int, works: Sequence[Callable[[], None]], where: str) -> Tensor:
-            def product() -> Tensor:
-                if programs == 0:
-                    return torch.mm(dy, weight)
-                return persistent(
-                    lhs=dy, weight=weight, transpose_weight=False, s=dyb, e=lora_A, bias=None, tile=big,
-                    sm_count=programs,
-                )  # fmt: skip
-
-            if where == "beside" and side is not None:
-                main = torch.cuda.current_stream(device)
-                side.wait_stream(main)
-                out = product()
-                with torch.cuda.stream(side):
-                    for work in works:
-                        work()
-                main.wait_stream(side)
-                return out
+        def then(product: Call, *works: Callable[[], None]) -> Tensor:
             out = product()
             for work in works:
                 work()
             return out
 
-        calls: dict[str, Call] = {"library": partial(run, 0, (), "")}
-        calls["library, then dA"] = partial(run, 0, (from_x,), "")
-        calls["library beside dA"] = partial(run, 0, (from_x,), "beside")
+        def beside(product: Call, *works: Callable[[], None]) -> Tensor:
+            if second is None:
+                return then(product, *works)
+            current = torch.cuda.current_stream(device)
+            second.wait_stream(current)
+            out = product()
+            with torch.cuda.stream(second):
+                for work in works:
+                    work()
+            current.wait_stream(second)
+            return out
+
+        library = partial(torch.mm, dy, weight)
+        calls: dict[str, Call] = {"library": library}
+        calls["library, then dA"] = partial(then, library, from_x)
+        calls["library beside dA"] = partial(beside, library, from_x)
         tiles = -(-m // big.block_m) * -(-k // big.block_n)
-        for programs in (-(-tiles // -(-tiles // sms)) for sms in (132, 124, 112)):  # as many as the waves need
-            calls[f"persistent /{programs}"] = partial(run, programs, (), "")
-            calls[f"persistent /{programs}, then dA"] = partial(run, programs, (from_x,), "")
-            calls[f"persistent /{programs}, then dB, dA"] = partial(run, programs, (from_dy, from_x), "")
-            calls[f"persistent /{programs} beside dA"] = partial(run, programs, (from_x,), "beside")
+        for programs in (fewest_programs(tiles, sms) for sms in (132, 124, 112)):
+            product = partial(
+                persistent, lhs=dy, weight=weight, transpose_weight=False, s=dyb, e=lora_A, bias=None, tile=big,
+                sm_count=programs,
+            )  # fmt: skip
+            name = f"persistent /{programs}"
+            calls[name] = product
+            calls[f"{name}, then dA"] = partial(then, product, from_x)
+            calls[f"{name}, then dB, dA"] = partial(then, product, from_dy, from_x)
+            calls[f"{name} beside dA"] = partial(beside, product, from_x)
             # dB's sum ahead of dA: while it runs, the product's programs are placed, on all multiprocessors they want.
-            calls[f"persistent /{programs} beside a sum, dA"] = partial(run, programs, (a_sum, from_x), "beside")
-            calls[f"persistent /{programs} beside dB, dA"] = partial(run, programs, (from_dy, from_x), "beside")
+            calls[f"{name} beside a sum, dA"] = partial(beside, product, a_sum, from_x)
+            calls[f"{name} beside dB, dA"] = partial(beside, product, from_dy, from_x)
             # Not the order of a backward: what a kernel would have to do that makes dyb while it multiplies.
-            calls[f"persistent /{programs} beside dyb"] = partial(run, programs, (for_dyb,), "beside")
+            calls[f"{name} beside dyb"] = partial(beside, product, for_dyb)
         return calls, lambda: torch.mm(dy.float(), weight.float()) + dyb.float() @ lora_A.float()
 
     return Group(
@@ -406,12 +407,12 @@ def groups() -> list[Group]:
     """All of them, most telling first."""
     q = {"m": 8192, "n": 4096, "k": 4096}
     return [
-        beside(8192, 4096, 4096),
-        beside(8192, 14336, 4096),
-        beside(8192, 4096, 14336),
-        beside(8192, 1024, 4096),
-        beside(2048, 4096, 4096),
-        beside(1024, 4096, 4096),
+        with_dx(8192, 4096, 4096),
+        with_dx(8192, 14336, 4096),
+        with_dx(8192, 4096, 14336),
+        with_dx(8192, 1024, 4096),
+        with_dx(2048, 4096, 4096),
+        with_dx(1024, 4096, 4096),
         expands(8192, 4096),
         expands(8192, 4096, mixed=True),
         product(**q, forward=True, sizes=BIG),

@@ -46,16 +46,22 @@ def linear(records: Sequence[Record], ceilings: Ceilings, out: Path) -> None:
     if not timed:
         return
     shown = dict(list(timed.items())[:CASES_SHOWN])
-    if training := {case: found for case, found in shown.items() if case.backward}:
-        _dots(
-            training,
-            lambda found, r: r.cost,
-            out / "linear_training.png",
-            title="What LoRA costs in training, over the frozen linear",
-            label="time / frozen linear's time, forward and backward",
-            names=[p.name for p in (*providers.BASELINES, *providers.PEERS, providers.AUTO) if p.name != FROZEN],
-            one=True,
-        )
+    for name, title, cases, names in (
+        ("linear_training.png", "What LoRA costs in training, over the frozen linear",
+         {case: found for case, found in shown.items() if case.backward},
+         [p.name for p in (*providers.BASELINES, *providers.PEERS, providers.AUTO)]),
+        ("linear_cost.png", "What the adapter costs over the frozen linear", shown, list(providers.NAMES)),
+    ):  # fmt: skip
+        if cases:
+            _dots(
+                cases,
+                lambda found, r: r.cost,
+                out / name,
+                title=title,
+                label="time / frozen linear's time",
+                names=[name for name in names if name != FROZEN],
+                one=True,
+            )
     _dots(
         shown,
         lambda found, r: times_faster(r, mine) if (mine := ours(found)) else None,
@@ -63,15 +69,6 @@ def linear(records: Sequence[Record], ceilings: Ceilings, out: Path) -> None:
         title="lora_kernels against each contender",
         label="contender's time / lora_kernels' time; right of 1 lora_kernels is faster",
         names=[name for name in providers.NAMES if name not in providers.OWN | {FROZEN}],
-        one=True,
-    )
-    _dots(
-        shown,
-        lambda found, r: r.cost,
-        out / "linear_cost.png",
-        title="What the adapter costs over the frozen linear",
-        label="time / frozen linear's time",
-        names=[name for name in providers.NAMES if name != FROZEN],
         one=True,
     )
     _dots(

@@ -100,7 +100,7 @@ class Launch(NamedTuple):
     compiled: Any
     grid: tuple[int, ...]
     args: Sequence[Any]
-    beside: bool = False
+    beside: bool
 
     def run(self, stream: int, args: Sequence[Any]) -> None:
         """The same launch with these arguments in the places of its own."""

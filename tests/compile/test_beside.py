@@ -45,8 +45,10 @@ class Story:
         @contextmanager
         def on(stream):
             driver.stream = stream
-            yield
-            driver.stream = 0
+            try:
+                yield
+            finally:
+                driver.stream = 0
 
         def run_on(launch, stream, args):
             with on(stream):

@@ -9,11 +9,20 @@ import torch
 from bench import modelled
 from lora_kernels import UnsupportedError, explain_plan
 from lora_kernels.benchmarking.records import Record, read_csv
-from lora_kernels.planning import Plan, Problem, make_plan
+from lora_kernels.planning import Plan, Problem, cost, make_plan
 from lora_kernels.planning.cost import Costs, _Side
 from lora_kernels.planning.measured import row_bucket
-from lora_kernels.planning.plan import Way, ways_of
-from lora_kernels.planning.tiles import FAMILIES, MAX_RANK, WIDTHS, Tile, padded_rank, shipped_tiles, table_of
+from lora_kernels.planning.plan import Way, kernel_choices, ways_of
+from lora_kernels.planning.tiles import (
+    FAMILIES,
+    MAX_RANK,
+    WIDTHS,
+    Tile,
+    fewest_programs,
+    padded_rank,
+    shipped_tiles,
+    table_of,
+)
 
 RESULTS = Path(modelled.__file__).with_name("results")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -222,15 +231,28 @@ def test_the_persistent_kernel_serves_whole_16_bytes_without_a_mask_over_dx():
     assert Way("triton", "persistent") not in ways_of(masked, "backward", ("triton",))
 
 
-def test_d_a_runs_beside_dx_where_it_takes_longer_than_that_costs():
+@pytest.mark.parametrize(("count", "sm_count", "programs"), [
+    (1024, 132, 128), (256, 132, 128), (64, 132, 64), (1, 132, 1), (133, 132, 67), (1024, 1, 1), (7, 3, 3),
+])  # fmt: skip
+def test_a_persistent_kernel_has_as_many_programs_as_its_waves_need(count, sm_count, programs):
+    assert fewest_programs(count, sm_count) == programs
+
+
+def test_d_a_runs_beside_dx_where_it_takes_longer_than_that_costs(monkeypatch):
     large = {"m": 8192, "n": 4096, "k": 4096, "gluon": True}
     assert plan("triton", **large).beside
     for changed in ({"m": 256}, {"k": 64}, {"arch": "sm_100"}, {"device_type": "cpu", "interpreted": True}):
         assert not plan("triton", **large | changed).beside
+
     # Beside a product of four times the length four idle multiprocessors read what they had no time for before.
-    short, long = (dict(plan(**large | {"n": n}).backward_costs) for n in (1024, 4096))
-    kept = [costs["triton/fused"] - costs["triton/persistent"] for costs in (short, long)]
-    assert 0 < kept[0] < kept[1]
+    def backward(n):
+        asked = problem(**large | {"n": n})
+        return Costs(asked, dict(kernel_choices(asked).tiles)).of(Way("triton", "persistent"), backward=True)
+
+    together = {n: backward(n) for n in (1024, 4096)}
+    monkeypatch.setattr(cost, "runs_beside", lambda _: False)
+    saved = {n: backward(n) - us for n, us in together.items()}
+    assert 0 < saved[1024] < 0.6 * saved[4096]
 
 
 def test_the_model_is_within_15_percent_of_what_an_h200_took():
