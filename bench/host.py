@@ -29,7 +29,7 @@ from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import CaseInputs
 from lora_kernels.benchmarking.records import Environment, device_slug, write_csv
 from lora_kernels.benchmarking.timer import Samples, round_order
-from lora_kernels.ops import linear
+from lora_kernels.ops import LINEAR
 from lora_kernels.planning import Problem, make_plan
 from lora_kernels.planning.device import triton_available
 from lora_kernels.planning.plan import Strategy, paired
@@ -111,7 +111,7 @@ def _launched_to_nowhere(rounds: int, dropout_p: float) -> list[HostRow]:
     for strategy in LAUNCHED:
         plan = paired(problem, planned, strategy)
         name = f"triton:{strategy} for {problem.arch}, {NOWHERE}"
-        with Driver(lambda *_: None).active(), mock.patch.object(linear, "_plan_for", return_value=plan):
+        with Driver(lambda *_: None).active(), mock.patch.object(LINEAR, "plan_for", return_value=plan):
             found = _rows(torch.device("cpu"), "bfloat16", {NOTHING: _nothing, name: AUTO.forward}, rounds, dropout_p)
         rows += [row for row in found if row.contender == name]
     return rows

@@ -15,7 +15,7 @@ from lora_kernels import lora_linear
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.providers import SEED, CaseInputs, Provider
 from lora_kernels.errors import UnsupportedError
-from lora_kernels.ops import Needs, linear_implementation, problem_of
+from lora_kernels.ops import LINEAR, Needs, problem_of
 from lora_kernels.planning import Backend, Plan, Way, make_plan
 from lora_kernels.planning.device import triton_available
 from lora_kernels.planning.plan import Strategy, paired, ways_of
@@ -58,14 +58,14 @@ class StrategyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p, ctx.plan = inputs
-        y, xa = linear_implementation(ctx.plan.backend).forward(*inputs)
+        y, xa = LINEAR.implementation(ctx.plan.backend).forward(*inputs)
         ctx.save_for_backward(x, weight, lora_A, lora_B, xa, seed)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, xa, seed = ctx.saved_tensors
-        gradients = linear_implementation(ctx.plan.backward_way.backend).backward(
+        gradients = LINEAR.implementation(ctx.plan.backward_way.backend).backward(
             dy, x, weight, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, Needs(*ctx.needs_input_grad[:5]),
             ctx.plan,
         )  # fmt: skip

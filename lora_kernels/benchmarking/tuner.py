@@ -191,14 +191,15 @@ class _Runner:
     def _forward(self, plan: Plan | None) -> tuple[Tensor, Tensor]:
         i = self._inputs
         plan = plan or Plan("torch", "library", "only xa is wanted")
-        forward = ops.linear_implementation(plan.backend).forward
-        return forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, self._seed, i.scaling, self._p, plan)
+        forward = ops.LINEAR.implementation(plan.backend).forward
+        y, xa = forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, self._seed, i.scaling, self._p, plan)
+        return y, xa
 
     def __call__(self, plan: Plan) -> Outputs:
         if not self._backward:
             return {"y": self._forward(plan)[0]}
         i = self._inputs
-        backward = ops.linear_implementation(plan.backward_way.backend).backward
+        backward = ops.LINEAR.implementation(plan.backward_way.backend).backward
         needs = ops.Needs(x=True, weight=False, lora_A=True, lora_B=True, bias=False)
         dx, _, d_lora_A, d_lora_B, _ = backward(
             i.dy, i.x, i.weight, i.lora_A, i.lora_B, self._xa, self._seed, i.scaling, self._p, needs, plan

@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     except DeviceLostError as error:
         _line(f"stopped: {error}")
         left_out, status = len(asked) - done, 1
-    ops.forget_plans()
+    for operation in ops.OPERATIONS:
+        operation.forget_plans()
     print(f"{done} of {len(asked)} kept" + (f", {left_out} left out" if left_out else ""))
     return status or int(done == 0)
 

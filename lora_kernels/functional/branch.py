@@ -2,78 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lora_kernels import config, ops
+from lora_kernels import config
 from lora_kernels.functional import _checks
-from lora_kernels.functional._nodes import (
-    apply,
-    cast_adapter,
-    cast_input,
-    first_order_only,
-    transformable,
-    without_autocast,
-)
+from lora_kernels.functional._autocast import cast_adapter, cast_input, without_autocast
+from lora_kernels.ops import BRANCH
+from lora_kernels.ops.node import differentiable
 from lora_kernels.reference import branch as reference
 
-
-class LoRABranchFunction(torch.autograd.Function):
-    """One node for the whole branch: saves x, xa [*, R] and the seed, and recomputes the mask.
-
-    forward(base_out [*, N], x [*, K], lora_A [R, K], lora_B [N, R], seed [1] | None, scaling, dropout_p, backend)
-    -> y [*, N].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """y, through the registered op."""
-        y: Tensor
-        y, xa = ops.branch_forward(*inputs)
-        _save(ctx, inputs, xa)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One entry for each input of forward; None where no gradient is needed."""
-        if dy is None:
-            return (None,) * 8
-        d_base_out = dy if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs):
-            return (d_base_out, *(None,) * 7)
-        x, lora_A, lora_B, xa, seed = ctx.saved_tensors
-        run: Callable[..., tuple[Tensor, ...]] = (
-            _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.branch_backward
-        )
-        gradients = run(
-            dy, x, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, ctx.x_dtype, list(ctx.needs), ctx.backend
-        )
-        kept = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
-        return (d_base_out, *kept, None, None, None, None)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
-    """What the needed gradients read; besides, lora_A and lora_B, whose shapes the backward's own are made of."""
-    _, x, lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.x_dtype = x.dtype
-    ctx.needs = needs = ops.BranchNeeds(*ctx.needs_input_grad[1:4])
-    if not any(needs):  # base_out's gradient is dy itself
-        return
-    ctx.save_for_backward(
-        x if needs.lora_A else None,
-        lora_A,
-        lora_B,
-        xa if needs.lora_B else None,
-        seed if needs.x or needs.lora_A else None,
-    )
-
-
-_Transformable = transformable(LoRABranchFunction, ops.branch_forward, _save)
-_FirstOrderOnly = first_order_only("lora_branch", ops.branch_backward)
+_call = differentiable(BRANCH)
 
 
 def lora_branch(
@@ -178,5 +117,4 @@ def lora_branch(
                 scaling=scaling, dropout_p=dropout_p, seed=seed,
             )  # fmt: skip
         return y.view(base_out.shape)
-    inputs = (base_out, x, lora_A, lora_B, seed, scaling, dropout_p, backend)
-    return apply(LoRABranchFunction, _Transformable, ops.branch_forward, inputs)
+    return _call((base_out, x, lora_A, lora_B, seed, scaling, dropout_p, backend))

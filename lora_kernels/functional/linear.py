@@ -2,78 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lora_kernels import config, ops
+from lora_kernels import config
 from lora_kernels.functional import _checks
-from lora_kernels.functional._nodes import (
-    apply,
-    cast_adapter,
-    cast_input,
-    first_order_only,
-    transformable,
-    without_autocast,
-)
+from lora_kernels.functional._autocast import cast_adapter, cast_input, without_autocast
+from lora_kernels.ops import LINEAR
+from lora_kernels.ops.node import differentiable
 from lora_kernels.reference import linear as reference
 
-
-class LoRALinearFunction(torch.autograd.Function):
-    """One node for the whole layer: saves x, xa [*, R] and the seed, and recomputes the mask.
-
-    forward(x [*, K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N] | None, seed [1] | None, scaling, dropout_p,
-    backend) -> y [*, N].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """y, through the registered op."""
-        y: Tensor
-        y, xa = ops.linear_forward(*inputs)
-        _save(ctx, inputs, xa)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One entry for each input of forward; None where no gradient is needed."""
-        if dy is None:
-            return (None,) * 9
-        x, weight, lora_A, lora_B, xa, seed = ctx.saved_tensors
-        run: Callable[..., tuple[Tensor, ...]] = (
-            _FirstOrderOnly.apply if torch.is_grad_enabled() else ops.linear_backward
-        )
-        # By name: `*others, d_bias = ...` makes a list, but a tuple where torch 2.11's Dynamo traces it.
-        d_x, d_weight, d_lora_A, d_lora_B, d_bias = run(
-            dy, x, weight, lora_A, lora_B, xa, seed, ctx.scaling, ctx.dropout_p, list(ctx.needs), ctx.backend
-        )
-        if ctx.needs.bias:
-            d_bias = d_bias.to(ctx.bias_dtype)
-        gradients = d_x, d_weight, d_lora_A, d_lora_B, d_bias
-        kept = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
-        return (*kept, None, None, None, None)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
-    """What the needed gradients read; besides, lora_A and lora_B, whose shapes the backward's own are made of."""
-    x, weight, lora_A, lora_B, bias, seed, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.needs = needs = ops.Needs(*ctx.needs_input_grad[:5])
-    ctx.save_for_backward(
-        x if needs.lora_A or needs.weight else None,
-        weight if needs.x else None,
-        lora_A,
-        lora_B,
-        xa if needs.lora_B else None,
-        seed if needs.x or needs.lora_A else None,
-    )
-
-
-_Transformable = transformable(LoRALinearFunction, ops.linear_forward, _save)
-_FirstOrderOnly = first_order_only("lora_linear", ops.linear_backward)
+_call = differentiable(LINEAR)
 
 
 def lora_linear(
@@ -186,5 +125,4 @@ def lora_linear(
                 scaling=scaling, dropout_p=dropout_p, seed=seed,
             )  # fmt: skip
         return y.view(*x.shape[:-1], weight.shape[0])
-    inputs = (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
-    return apply(LoRALinearFunction, _Transformable, ops.linear_forward, inputs)
+    return _call((x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend))

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_kernels.errors import ArgumentError, DtypeError
 from lora_kernels.functional import _checks
-from lora_kernels.functional._nodes import without_autocast
+from lora_kernels.functional._autocast import without_autocast
 from lora_kernels.nn.sharding import is_dtensor, is_sharded, write
 
 InitLoRAWeights = bool | Literal["gaussian"]

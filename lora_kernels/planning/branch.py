@@ -44,6 +44,11 @@ class BranchPlan:
     x_side: Plan | None = None
     out_side: Plan | None = None
 
+    @property
+    def backward_way(self) -> Way:
+        """`backward`, as `Plan` calls it."""
+        return self.backward
+
 
 def make_branch_plan(problem: Problem, out_dtype: torch.dtype, backend: str, *, triton_available: bool) -> BranchPlan:
     """The plan for one problem; an explicit backend is honoured or raises, only "auto" chooses.

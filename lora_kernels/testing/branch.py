@@ -112,10 +112,10 @@ def run_branch_plan(inputs: BranchInputs, plan: BranchPlan, needs: ops.BranchNee
     i, p = inputs, inputs.dropout_p
     seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if p > 0 else None
     needs = ops.BranchNeeds(x=True, lora_A=True, lora_B=True) if needs is None else needs
-    y, xa = ops.branch_implementation(plan.backend).forward(
+    y, xa = ops.BRANCH.implementation(plan.backend).forward(
         i.base_out, i.x, i.lora_A, i.lora_B, seed, i.scaling, p, plan
     )
-    gradients = ops.branch_implementation(plan.backward.backend).backward(
+    gradients = ops.BRANCH.implementation(plan.backward.backend).backward(
         i.dy, i.x, i.lora_A, i.lora_B, xa, seed, i.scaling, p, i.x.dtype, needs, plan
     )
     found = {f"d_{name}": gradient for name, gradient in zip(BRANCH_TENSORS[1:], gradients, strict=True)}

@@ -122,11 +122,11 @@ def run_linear_plan(inputs: LinearInputs, plan: Plan) -> dict[str, Tensor]:
     """One forward and backward as `plan` says, whatever the planner would choose: names as in `run_linear`."""
     i, p = inputs, inputs.dropout_p
     seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if p > 0 else None
-    y, xa = ops.linear_implementation(plan.backend).forward(
+    y, xa = ops.LINEAR.implementation(plan.backend).forward(
         i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, i.scaling, p, plan
     )
     needs = ops.Needs(x=True, weight=True, lora_A=True, lora_B=True, bias=i.bias is not None)
-    backward = ops.linear_implementation(plan.backward_way.backend).backward
+    backward = ops.LINEAR.implementation(plan.backward_way.backend).backward
     gradients = backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, i.scaling, p, needs, plan)
     found = {
         f"d_{name}": gradient.to(getattr(i, name).dtype)  # the bias's comes in the wider dtype it may have

@@ -15,14 +15,14 @@ from lora_kernels.interop import _peft_layers
 
 def _with_backward(change: Callable[[dict[str, Tensor], tuple[Any, ...]], None]) -> AbstractContextManager[Any]:
     """The registered backward, with its gradients changed by name."""
-    backward = ops.linear_backward
+    backward = ops.LINEAR.backward
 
     def faulty(*args: Any) -> tuple[Tensor, ...]:
         gradients = dict(zip(("x", "weight", "lora_A", "lora_B", "bias"), backward(*args), strict=True))
         change(gradients, args)
         return tuple(gradients.values())
 
-    return mock.patch.object(ops, "linear_backward", faulty)
+    return mock.patch.object(ops.LINEAR, "backward", faulty)
 
 
 def twice_d_lora_A() -> AbstractContextManager[Any]:

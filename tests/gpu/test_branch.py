@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import DtypeError, lora_branch, lora_linear
-from lora_kernels.ops import BranchNeeds, branch_plan_of
+from lora_kernels.ops import BRANCH, BranchNeeds
 from lora_kernels.planning import BranchPlan
 from lora_kernels.planning.measured import row_bucket
 from lora_kernels.reference.philox import dropout_scale, keep_mask
@@ -30,7 +30,7 @@ quiet_compiler = pytest.mark.filterwarnings("ignore")
 def plan_for(inputs: BranchInputs, **choices) -> BranchPlan:
     """The kernels' plan for this GPU; choices: splits and reads, on both sides."""
     i, (r, k) = inputs, inputs.lora_A.shape
-    plan = branch_plan_of(
+    plan = BRANCH.plan_for(
         "triton", row_bucket(i.x.numel() // k), i.lora_B.shape[0], k, r, i.x.dtype, i.lora_A.dtype, i.base_out.dtype,
         i.dropout_p > 0, i.x.device, False,
     )  # fmt: skip
@@ -351,7 +351,7 @@ def test_plans_say_what_this_gpu_gets():
     for dtypes in DTYPES.values():
         for p in (0.0, 0.1):
             for m in (16, 8192):
-                plan = branch_plan_of("auto", m, 4096, 4096, 16, *dtypes, p > 0, CUDA, False)
+                plan = BRANCH.plan_for("auto", m, 4096, 4096, 16, *dtypes, p > 0, CUDA, False)
                 assert plan.backend in ("torch", "triton")
                 assert plan.reason
 

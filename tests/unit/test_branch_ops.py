@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import lora_branch
-from lora_kernels.ops import branch_backward, branch_forward
+from lora_kernels.ops import BRANCH
 from lora_kernels.testing import run_branch
 from tests.branch_cases import DTYPES, inputs_of
 from tests.equality import assert_same_numbers, differ, in_whole_numbers, whole, whole_numbers
@@ -38,7 +38,7 @@ def op_inputs(dtypes="fp32", *, p=0.0, m=M):
     i = inputs_of((m, N, K), dtypes, R)
     seed = torch.tensor([3]) if p > 0 else None
     forward = (i.base_out, i.x, i.lora_A, i.lora_B, seed, 2.0, p, "torch")
-    xa = branch_forward(*forward)[1]
+    xa = BRANCH.forward(*forward)[1]
     return forward, (i.dy, i.x, i.lora_A, i.lora_B, xa, seed, 2.0, p, i.x.dtype)
 
 
@@ -46,13 +46,13 @@ def op_inputs(dtypes="fp32", *, p=0.0, m=M):
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16-mixed", "bf16-over-fp32"])
 def test_opcheck_forward(dtypes, p):
-    torch.library.opcheck(branch_forward, op_inputs(dtypes, p=p)[0])
+    torch.library.opcheck(BRANCH.forward, op_inputs(dtypes, p=p)[0])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16-mixed", "bf16-over-fp32"])
 def test_opcheck_backward(dtypes, p):
-    torch.library.opcheck(branch_backward, (*op_inputs(dtypes, p=p)[1], NEEDS[0], "torch"))
+    torch.library.opcheck(BRANCH.backward, (*op_inputs(dtypes, p=p)[1], NEEDS[0], "torch"))
 
 
 def described(outputs):
@@ -73,16 +73,16 @@ def test_fakes_describe_the_real_results(dtypes, p, m, layout):
             outputs = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
         return described(outputs)
 
-    assert faked(branch_forward, forward) == described(branch_forward(*forward))
+    assert faked(BRANCH.forward, forward) == described(BRANCH.forward(*forward))
     for needs in NEEDS:
         arguments = (*backward, needs, "torch")
-        assert faked(branch_backward, arguments) == described(branch_backward(*arguments))
+        assert faked(BRANCH.backward, arguments) == described(BRANCH.backward(*arguments))
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16-over-fp32"])
 def test_outputs_are_fresh(dtypes):
     forward, backward = op_inputs(dtypes, p=0.5)
-    for op, arguments in ((branch_forward, forward), (branch_backward, (*backward, NEEDS[0], "torch"))):
+    for op, arguments in ((BRANCH.forward, forward), (BRANCH.backward, (*backward, NEEDS[0], "torch"))):
         given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
         made = [t.untyped_storage().data_ptr() for t in op(*arguments)]
         assert len(set(made)) == len(made)
@@ -91,11 +91,11 @@ def test_outputs_are_fresh(dtypes):
 
 def test_schemas():
     # The contract that exported programs hold: a change breaks them.
-    assert str(branch_forward._schema) == (
+    assert str(BRANCH.forward._schema) == (
         "lora_kernels::branch_forward(Tensor base_out, Tensor x, Tensor lora_A, Tensor lora_B, Tensor? seed, "
         "float scaling, float dropout_p, str backend) -> (Tensor, Tensor)"
     )
-    assert str(branch_backward._schema) == (
+    assert str(BRANCH.backward._schema) == (
         "lora_kernels::branch_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor? xa, Tensor? seed, "
         "float scaling, float dropout_p, ScalarType x_dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
     )
@@ -197,7 +197,7 @@ def test_export_holds_the_op():
     x = torch.randn(M, K)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("tokens", min=2, max=4096)}})
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    assert branch_forward in targets
+    assert BRANCH.forward in targets
     for m in (M, 77):
         x = torch.randn(m, K)
         assert_same_numbers(program.module()(x), layer(x))

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import LoRALinear, lora_linear
-from lora_kernels.ops import linear_backward, linear_forward
+from lora_kernels.ops import LINEAR
 from lora_kernels.testing import make_linear_inputs, run_linear
 from tests.equality import assert_same_numbers, differ, in_whole_numbers, whole, whole_numbers
 from tests.linear_cases import DTYPES, assert_same_bits, laid_out
@@ -37,7 +37,7 @@ def op_inputs(dtype="fp32", *, p=0.0, bias=True, m=M):
     i = make_linear_inputs(m, N, K, R, dtype=x, adapter_dtype=adapters, bias=bias)
     seed = torch.tensor([3]) if p > 0 else None
     forward = (i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, 2.0, p, "torch")
-    xa = linear_forward(*forward)[1]
+    xa = LINEAR.forward(*forward)[1]
     return forward, (i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, 2.0, p)
 
 
@@ -45,13 +45,13 @@ def op_inputs(dtype="fp32", *, p=0.0, bias=True, m=M):
 @pytest.mark.parametrize(("bias", "p"), [(True, 0.5), (False, 0.0)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])
 def test_opcheck_forward(dtype, bias, p):
-    torch.library.opcheck(linear_forward, op_inputs(dtype, p=p, bias=bias)[0])
+    torch.library.opcheck(LINEAR.forward, op_inputs(dtype, p=p, bias=bias)[0])
 
 
 @pytest.mark.parametrize(("needs", "p"), [(NEEDS[0], 0.5), (NEEDS[-1], 0.0)], ids=["all", "adapters"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])
 def test_opcheck_backward(dtype, needs, p):
-    torch.library.opcheck(linear_backward, (*op_inputs(dtype, p=p)[1], needs, "torch"))
+    torch.library.opcheck(LINEAR.backward, (*op_inputs(dtype, p=p)[1], needs, "torch"))
 
 
 def described(outputs):
@@ -72,15 +72,15 @@ def test_fakes_describe_the_real_results(dtype, p, m, layout):
             outputs = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
         return described(outputs)
 
-    assert faked(linear_forward, forward) == described(linear_forward(*forward))
+    assert faked(LINEAR.forward, forward) == described(LINEAR.forward(*forward))
     for needs in NEEDS:
         arguments = (*backward, needs, "torch")
-        assert faked(linear_backward, arguments) == described(linear_backward(*arguments))
+        assert faked(LINEAR.backward, arguments) == described(LINEAR.backward(*arguments))
 
 
 def test_outputs_are_fresh():
     forward, backward = op_inputs(p=0.5)
-    for op, arguments in ((linear_forward, forward), (linear_backward, (*backward, NEEDS[0], "torch"))):
+    for op, arguments in ((LINEAR.forward, forward), (LINEAR.backward, (*backward, NEEDS[0], "torch"))):
         given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
         made = [t.untyped_storage().data_ptr() for t in op(*arguments)]
         assert len(set(made)) == len(made)
@@ -89,11 +89,11 @@ def test_outputs_are_fresh():
 
 def test_schemas():
     # The contract that exported programs hold: a change breaks them.
-    assert str(linear_forward._schema) == (
+    assert str(LINEAR.forward._schema) == (
         "lora_kernels::linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
         "Tensor? seed, float scaling, float dropout_p, str backend) -> (Tensor, Tensor)"
     )
-    assert str(linear_backward._schema) == (
+    assert str(LINEAR.backward._schema) == (
         "lora_kernels::linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? xa, "
         "Tensor? seed, float scaling, float dropout_p, bool[] needs, str backend) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -177,7 +177,7 @@ def test_export_holds_the_op():
     dynamic = {"input": {0: torch.export.Dim("tokens", min=2, max=4096)}}
     program = torch.export.export(layer, (x,), dynamic_shapes=dynamic)
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    assert linear_forward in targets
+    assert LINEAR.forward in targets
     for m in (M, 77):
         x = torch.randn(m, K)
         assert_same_numbers(program.module()(x), layer(x))

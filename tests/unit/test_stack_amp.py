@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import LoRALinear, lora_branch
-from lora_kernels.ops import branch_forward, linear_forward
+from lora_kernels.ops import BRANCH, LINEAR
 from lora_kernels.testing import budget_rows
 
 HALF = (torch.bfloat16, torch.float16)
@@ -32,9 +32,9 @@ def test_autocast_copies_x_at_most_once_and_never_to_fp32(dtype, x_dtype):
     layer, x = LoRALinear(24, 16, r=4), torch.randn(5, 24).to(x_dtype)
     weight = layer.weight.detach().to(dtype)
     with torch.autocast("cpu", dtype):
-        with Arguments(linear_forward) as linear:
+        with Arguments(LINEAR.forward) as linear:
             layer(x)
-        with Arguments(branch_forward) as branch:
+        with Arguments(BRANCH.forward) as branch:
             lora_branch(x.new_zeros(5, 16), x, layer.lora_A, layer.lora_B)
     for seen, found in ((linear, linear.tensors[0]), (branch, branch.tensors[1])):
         assert found.dtype == dtype

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lora_kernels import LoRALinear
-from lora_kernels.ops import branch_forward, linear_forward
+from lora_kernels.ops import BRANCH, LINEAR
 from tests.stack_cases import (
     BranchLayer,
     assert_one_mask,
@@ -65,7 +65,7 @@ def test_compiled_with_dropout(monkeypatch, replays, layer, compiler, place, ree
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("layer", "op"), [(LoRALinear, linear_forward), (BranchLayer, branch_forward)])
+@pytest.mark.parametrize(("layer", "op"), [(LoRALinear, LINEAR.forward), (BranchLayer, BRANCH.forward)])
 def test_selective_checkpointing_keeps_the_operation_that_is_named(monkeypatch, layer, op, compiled, p):
     model, x = chain(layer, p=p)
     for kept, forwards in (([op], LAYERS), ([], 2 * LAYERS)):
