@@ -30,7 +30,8 @@ from lora_kernels.errors import ArgumentError, UnsupportedError
 from lora_kernels.functional._checks import draw_seed, of_layer
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn import LoRALinear
-from lora_kernels.nn.adapter import AdapterSettings
+from lora_kernels.nn.adapter import AdapterSettings, names_of, own_names
+from lora_kernels.nn.adopt import adopted_class
 from lora_kernels.nn.sharding import is_dtensor, is_sharded
 from lora_kernels.reference.philox import COLUMNS_PER_COUNTER
 
@@ -199,23 +200,31 @@ class _LoRAParallel(ParallelStyle):
             stock.src_data_rank = self.src_data_rank
             return stock._apply(module, device_mesh)
         self._check(module, device_mesh)
-        cast(Any, module).__class__ = self._layer
+        cast(Any, module).__class__ = adopted_class(self._layer, module._plain_class)
         layer = cast(ShardedLoRALinear, module)
         layer.mesh = device_mesh
         layer.shard_parameters(self.src_data_rank)
         return distribute_module(layer, device_mesh, None, cast(Any, self._take), cast(Any, self._give))
 
     def _check(self, layer: LoRALinear, mesh: DeviceMesh) -> None:
-        elsewhere = type(layer) is LoRALinear and any(is_dtensor(parameter) for parameter in layer.parameters())
+        unsharded = type(layer) is adopted_class(LoRALinear, layer._plain_class)
+        elsewhere = unsharded and any(is_dtensor(parameter) for parameter in layer.parameters())
         if is_sharded(layer) or elsewhere:
             raise UnsupportedError(
                 f"{type(self).__name__} must be given a LoRALinear over an nn.Linear that is not sharded yet; got one "
                 "whose parameters FSDP or another style has sharded. Call parallelize_module first, then fully_shard."
             )
-        if type(layer) is not LoRALinear:
+        if not unsharded:
             raise UnsupportedError(
                 f"{type(self).__name__} must be given a LoRALinear over an nn.Linear that is not sharded yet; got "
                 f"{type(layer).__name__}. Transposed weights (Conv1D) are not sharded."
+            )
+        plain = layer._plain_class
+        taken = sorted(own_names(plain) & names_of(self._layer))
+        if taken:
+            raise UnsupportedError(
+                f"{type(self).__name__} must be given a linear without attributes of a sharded layer's; got "
+                f"{plain.__name__}, which has a {', '.join(taken[:3])}. Rename it, or do not shard this layer."
             )
         dim = self._layer.placements["weight"].dim  # type: ignore[attr-defined]
         name, features = ("out_features", layer.out_features) if dim == 0 else ("in_features", layer.in_features)

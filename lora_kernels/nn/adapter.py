@@ -164,7 +164,8 @@ def merge_again(layer: Any, _incompatible_keys: Any) -> None:
         layer.merge()
 
 
-# What a subclass of nn.Linear may define and still be one: making itself is over, and the rest is Python's.
+# What a subclass of nn.Linear may redefine and still be one: making itself is over, `adopt` keeps what resets or prints
+# it, and the rest is Python's.
 _NO_BEHAVIOUR = frozenset(
     {
         "__annotate_func__",
@@ -173,6 +174,7 @@ _NO_BEHAVIOUR = frozenset(
         "__constants__",
         "__dict__",
         "__doc__",
+        "__final__",
         "__firstlineno__",
         "__init__",
         "__module__",
@@ -185,17 +187,38 @@ _NO_BEHAVIOUR = frozenset(
 )
 
 
+def names_of(layer_class: type[nn.Module]) -> set[str]:
+    """The attributes that a class and its ancestors define or declare."""
+    declared = {name for ancestor in layer_class.__mro__[:-1] for name in ancestor.__annotations__}
+    return {*dir(layer_class), *declared}
+
+
+_OF_LINEAR = names_of(nn.Linear) | {"bias"}  # which nn.Linear does not declare
+
+
+def own_names(linear_class: type[nn.Module]) -> set[str]:
+    """What a subclass of nn.Linear has from elsewhere than nn.Linear; names without behaviour are left out."""
+    first: dict[str, type] = {}
+    for ancestor in linear_class.__mro__:
+        for name in vars(ancestor):
+            first.setdefault(name, ancestor)
+    return {name for name, ancestor in first.items() if ancestor not in nn.Linear.__mro__} - _NO_BEHAVIOUR
+
+
 def obstacle(linear: Any) -> str | None:
     """Why a module is no plain linear: its weight is packed or parametrized, or it computes something else."""
     found = type(linear).__name__
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+    if not isinstance(linear, nn.Linear):
         return found
+    own = own_names(type(linear))
+    if "forward" in own:
+        return f"{found}, which has its own forward"
     of_weight = weight_obstacle(linear, (linear.out_features, linear.in_features))
     if of_weight is not None:
         return of_weight
-    ancestors = type(linear).__mro__[: type(linear).__mro__.index(nn.Linear)]
-    own = sorted({name for ancestor in ancestors for name in vars(ancestor)} - _NO_BEHAVIOUR)
-    return f"{found}, which adds {', '.join(own[:3])} to nn.Linear" if own else None
+    # Python calls names with two underscores by itself: for one nn.Linear has not, there is a behaviour, too.
+    changed = sorted(name for name in own if name in _OF_LINEAR or name.startswith("__"))
+    return f"{found}, which has its own {', '.join(changed[:3])}" if changed else None
 
 
 def check_plain(linear: Any) -> None:

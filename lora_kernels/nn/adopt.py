@@ -1,18 +1,20 @@
 """A plain linear of a model turns into a LoRALinear in place, and back.
 
 The module stays the same object, so everybody who holds it sees the change: a second place in the model, forward hooks
-and their handles, a list in somebody's closure, the weight it shares with an embedding.
+and their handles, a list in somebody's closure, the weight it shares with an embedding. A subclass of nn.Linear keeps
+its methods beside LoRALinear's.
 """
 
 from __future__ import annotations
 
 import sys
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 from torch import nn
 
 from lora_kernels.nn import adapter
-from lora_kernels.nn.adapter import merge_again
+from lora_kernels.nn.adapter import child_name, merge_again, names_of, own_names
 from lora_kernels.nn.linear import NUMBERS, LoRALinear
 
 
@@ -20,6 +22,10 @@ class LoRAConv1D(LoRALinear):
     """LoRA over the linear layer that GPT-2 keeps transposed, with a weight [K, N]."""
 
     fan_in_fan_out = True
+
+
+# Attributes of a LoRALinear that a linear must not have already, in its class or itself.
+_TAKEN = (names_of(LoRALinear) | {*NUMBERS, "mesh", "unmerged_weight"}) - names_of(nn.Linear)
 
 
 def is_conv1d(module: object) -> bool:
@@ -45,7 +51,9 @@ def obstacle(module: Any) -> str | None:
         return f"{name} whose forward was replaced, as offloading does"
     if type(module.weight) is not nn.Parameter:
         return f"{name} whose weight is a {type(module.weight).__name__}"
-    return None
+    has = own_names(type(module)).union(vars(module), module._parameters, module._buffers, module._modules)
+    taken = sorted(name for name in has if name in _TAKEN or name.startswith(child_name("")))
+    return f"{name}, which has a {', '.join(taken[:3])} that LoRALinear needs" if taken else None
 
 
 def features(module: Any) -> tuple[int, int]:
@@ -53,11 +61,40 @@ def features(module: Any) -> tuple[int, int]:
     return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
 
 
+def adopted_class(lora: type[LoRALinear], plain: type[nn.Module]) -> type[LoRALinear]:
+    """The class of a layer that was a `plain`: `lora`; for a subclass of nn.Linear, one with its methods behind lora's.
+
+    What LoRALinear passes on to nn.Linear by super(), as in reset_parameters, goes through that subclass then.
+    """
+    if plain is nn.Linear or not issubclass(plain, nn.Linear):
+        return lora
+    both = _BOTH.get((lora, plain))
+    if both is None:
+        members = {"__module__": plain.__module__, "__reduce_ex__": _reduce, "_made_of": (lora, plain)}
+        both = _BOTH[lora, plain] = type(f"LoRA{plain.__name__}", (lora, plain), members)
+    return both
+
+
+_BOTH: WeakValueDictionary[tuple[type[LoRALinear], type[nn.Module]], type[LoRALinear]] = WeakValueDictionary()
+
+
+def _reduce(layer: Any, protocol: Any) -> Any:
+    """For pickle and copy, which find a class by its name: that of a layer with two classes cannot be imported."""
+    found = object.__reduce_ex__(layer, protocol)
+    # fully_shard and parametrizations put classes of theirs on top, and say themselves what of them is copied.
+    return (_empty, layer._made_of, *found[2:]) if "_made_of" in vars(type(layer)) else found
+
+
+def _empty(lora: type[LoRALinear], plain: type[nn.Module]) -> LoRALinear:
+    both = adopted_class(lora, plain)
+    return both.__new__(both)
+
+
 def adopt(linear: nn.Module) -> LoRALinear:
     """Turns a linear for which `obstacle` found nothing into a LoRALinear that has no adapter yet."""
-    conv1d = is_conv1d(linear)
-    linear.__dict__["_plain_class"] = type(linear)
-    linear.__class__ = LoRAConv1D if conv1d else LoRALinear
+    conv1d, plain = is_conv1d(linear), type(linear)
+    linear.__dict__["_plain_class"] = plain
+    linear.__class__ = adopted_class(LoRAConv1D if conv1d else LoRALinear, plain)
     layer = cast(LoRALinear, linear)
     if conv1d:
         layer.in_features, layer.out_features = layer.weight.shape

@@ -202,3 +202,34 @@ def run_unloaded(rank, world_size):
     parallelize_module(model, mesh["tp"], {"0": LoRAColwiseParallel(output_layouts=Replicate())})
     unload_lora(model)
     return {"mesh", "batch_shard"} & vars(model[0]).keys()
+
+
+class Helpful(nn.Linear):
+    def columns(self):
+        return self.in_features
+
+
+class Shadowing(nn.Linear):
+    placements = ()
+
+
+def test_methods_of_a_subclass_stay_in_a_sharded_layer(pool):
+    for found, told in pool.run(run_subclasses, processes=2):
+        assert found
+        assert told == (
+            "LoRAColwiseParallel must be given a linear without attributes of a sharded layer's; got Shadowing, which "
+            "has a placements. Rename it, or do not shard this layer."
+        )
+
+
+def run_subclasses(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = nn.Sequential(Helpful(16, 16), Shadowing(16, 16))
+    adapt(model, target_modules=["0", "1"])
+    x = torch.ones(2, 16)
+    y, kind = model[0](x), type(model[1])
+    layer = parallelize_module(model[0], mesh, LoRAColwiseParallel(output_layouts=Replicate()))
+    told = refusal(UnsupportedError, lambda: parallelize_module(model[1], mesh, LoRAColwiseParallel()))
+    assert type(model[1]) is kind
+    torch.testing.assert_close(layer(x), y)
+    return layer.columns() == 16 and isinstance(layer, Helpful), told

@@ -177,7 +177,7 @@ def test_what_cannot_be_adapted_is_named():
     model["moved"] = moved
     for name, reason in {
         "embed": "Embedding",
-        "scaled": "Scaled",
+        "scaled": "Scaled, which has its own forward",
         "normed": "ParametrizedLinear without a weight parameter",
         "block": "Sequential",
         "moved": "Linear whose forward was replaced, as offloading does",
