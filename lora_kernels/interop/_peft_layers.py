@@ -132,19 +132,10 @@ class AqlmLoraLinear(FusedLayer, StockAqlmLoraLinear):  # type: ignore[misc]
     _promotes = True
 
 
-_FUSED: dict[type, type] = {
+FUSED: dict[type, type] = {
     fused._stock_class: fused
     for fused in (Linear, TorchaoLoraLinear, TeLinear, GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear)
 }
-
-
-def fused_class(stock: type) -> type | None:
-    """Our class for one of PEFT's; None for every other."""
-    if stock.__module__ == "peft.tuners.lora.bnb":  # importing it imports bitsandbytes
-        from lora_kernels.interop import _peft_bnb_layers
-
-        return _peft_bnb_layers.FUSED.get(stock)
-    return _FUSED.get(stock)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:

@@ -131,7 +131,7 @@ def patch_peft(model: nn.Module) -> PatchReport:
     rows: list[PatchRow] = []
     patched: list[weakref.ref[nn.Module]] = []
     for name, module, within in _peft_layers.lora_layers(model):
-        if (fused := _peft_layers.fused_class(type(module))) is not None:
+        if (fused := _fused_class(type(module))) is not None:
             module.__class__ = fused
             patched.append(weakref.ref(module))
         rows.append(PatchRow(name, type(module).__name__, *_peft_layers.outlook(module, within)))
@@ -141,6 +141,15 @@ def patch_peft(model: nn.Module) -> PatchReport:
             "model.add_adapter first, patch_peft afterwards."
         )
     return PatchReport(tuple(rows), tuple(patched))
+
+
+def _fused_class(stock: type) -> type | None:
+    """Our class for one of PEFT's; None for every other."""
+    if stock.__module__ == "peft.tuners.lora.bnb":  # importing it imports bitsandbytes
+        from lora_kernels.interop._peft_bnb_layers import FUSED
+    else:
+        from lora_kernels.interop._peft_layers import FUSED
+    return FUSED.get(stock)
 
 
 def unpatch_peft(model: nn.Module) -> None:
