@@ -1,6 +1,7 @@
 """The rules of the house that no linter knows: where a thing lies, and who may touch what."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,3 +131,39 @@ def test_kernels_use_no_atomics():
         if name.startswith("kernels/") and any(".atomic_" in used for used in names(tree))
     }
     assert users <= {"kernels/interpreter.py"}
+
+
+def recipe(target: str) -> list[str]:
+    """The commands of one of the Makefile's targets, with a .venv."""
+    rule = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return [line.strip().replace("$(BIN)", ".venv/bin") for line in rule[1].splitlines()]
+
+
+def parsed(path: str) -> dict:
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_hooks_before_a_commit_are_lint():
+    (repository,) = parsed(".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"
+    assert [hook["entry"] for hook in repository["hooks"]] == recipe("lint")
+    assert {(hook["language"], hook["pass_filenames"]) for hook in repository["hooks"]} == {("system", False)}
+
+
+def test_continuous_integration_makes_targets_that_exist():
+    workflow = parsed(".github/workflows/ci.yml")
+    assert workflow["permissions"] == {"contents": "read"}
+    made = {job: " ".join(spec["strategy"]["matrix"]["targets"]).split() for job, spec in workflow["jobs"].items()}
+    assert made == {"make": ["lint", "test", "bench"], "nightly": ["test-cpus", "test-compile-all"]}
+    assert all(recipe(target) for targets in made.values() for target in targets)
+    for job in workflow["jobs"].values():
+        assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+
+
+def test_a_bug_report_has_a_form():
+    form = parsed(".github/ISSUE_TEMPLATE/bug.yml")
+    assert {"name", "description", "body"} <= form.keys()
+    assert all({"label"} <= field["attributes"].keys() for field in form["body"])
+    required = {field["id"] for field in form["body"] if field.get("validations", {}).get("required")}
+    assert required == {"called", "expected", "check", "info"}
