@@ -139,6 +139,7 @@ def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes firs
             "x must be a dense tensor; got a nested one. nn.TransformerEncoder makes them in eval mode: build it with "
             "enable_nested_tensor=False, or pad x."
         )
+    device = getattr(x, "device", None)
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(
@@ -156,10 +157,9 @@ def _check_tensors(named: dict[str, Tensor], x: Tensor) -> None:  # x comes firs
                 f"{name} must hold data; got a meta tensor of shape {_shape(tensor)}. "
                 "Materialise the layer first, e.g. with module.to_empty(device=...) and loading its state."
             )
-        if tensor.device != x.device:
+        if tensor.device != device:
             raise DeviceError(
-                f"{name} must be on x's device, {x.device}; got {tensor.device}. "
-                f"Move it with {name}.to({str(x.device)!r})."
+                f"{name} must be on x's device, {device}; got {tensor.device}. Move it with {name}.to({str(device)!r})."
             )
 
 

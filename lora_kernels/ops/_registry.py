@@ -27,6 +27,9 @@ def shaped(t: Tensor, leading: torch.Size) -> Tensor:
     return shaped
 
 
+_NOTHING = nullcontext()
+
+
 @contextmanager
 def _no_grad_no_autocast(device_type: str) -> Iterator[None]:
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
@@ -40,7 +43,7 @@ def plain(t: Tensor) -> AbstractContextManager[None]:
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled(t.device.type):
         return _no_grad_no_autocast(t.device.type)
-    return nullcontext()
+    return _NOTHING
 
 
 def multiplies_in_tf32(device: torch.device) -> bool:

@@ -40,9 +40,7 @@ def differentiable(operation: Operation) -> Callable[[tuple[Any, ...]], Tensor]:
 
 
 def _node(operation: Operation) -> type[torch.autograd.Function]:
-    passed = len(operation.passes_dy)
     nothing = (None,) * (len(operation.operands) + len(CALL))
-    after = nothing[passed + len(operation.gradients) :]
     once = _first_order_only(operation)
 
     class Node(torch.autograd.Function):
@@ -57,31 +55,33 @@ def _node(operation: Operation) -> type[torch.autograd.Function]:
         def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
             if dy is None:
                 return nothing
-            through = [dy if needed else None for needed in ctx.needs_input_grad[:passed]]
-            needs = ctx.needs
-            if not any(needs):
-                return (*through, *nothing[passed:])
-            run: Callable[..., tuple[Tensor, ...]] = once.apply if torch.is_grad_enabled() else operation.backward
-            found = run(dy, *ctx.saved_tensors, ctx.scaling, ctx.dropout_p, *ctx.own_dtypes, list(needs), ctx.backend)
-            kept = [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
-            for (index, _), dtype in zip(operation.rounded, ctx.rounded_to, strict=True):
-                if needs[index]:
-                    kept[index] = found[index].to(dtype)
-            return (*through, *kept, *after)
+            flow, own_dtypes, rounded, scaling, dropout_p, backend = ctx.call
+            found: tuple[Tensor, ...] = ()
+            if flow.saved:
+                run: Callable[..., tuple[Tensor, ...]] = once.apply if torch.is_grad_enabled() else operation.backward
+                found = run(dy, *ctx.saved_tensors, scaling, dropout_p, *own_dtypes, flow.needs, backend)
+            gradients = [*found, dy, None]
+            for index, dtype in rounded:
+                gradients[index] = found[index].to(dtype)
+            return tuple([gradients[index] for index in flow.returned])
 
     # What a profiler shows, and grad_fn: PyTorch takes it when a class is made.
     return type(f"LoRA{operation.name.title().replace('_', '')}Function", (Node,), {})
 
 
 def _save(operation: Operation, ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
+    flow = operation.flows[ctx.needs_input_grad]
+    own, rounded = operation.own_dtypes, flow.rounded  # most often none: a comprehension is a call
+    ctx.call = (
+        flow,
+        [inputs[place].dtype for place in own] if own else own,
+        [(index, inputs[place].dtype) for index, place in rounded] if rounded else rounded,
+        *inputs[-3:],
+    )
     ctx.set_materialize_grads(False)
-    ctx.scaling, ctx.dropout_p, ctx.backend = inputs[-3:]
-    ctx.own_dtypes = [inputs[place].dtype for place in operation.own_dtypes]
-    ctx.rounded_to = [None if inputs[place] is None else inputs[place].dtype for _, place in operation.rounded]
-    first = len(operation.passes_dy)
-    ctx.needs = needs = ctx.needs_input_grad[first : first + len(operation.gradients)]
-    values = (*inputs, xa, None)
-    ctx.save_for_backward(*[values[place] for place in operation.saved_places[needs]])
+    if flow.saved:
+        values = (*inputs, xa, None)
+        ctx.save_for_backward(*[values[place] for place in flow.saved])
 
 
 def _twin(operation: Operation, node: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

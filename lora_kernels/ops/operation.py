@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import compress, product
+from itertools import product
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ ADAPTERS = ("lora_A", "lora_B")
 """Handed to every backward, whose gradients have their sizes: lora_A [R, K], lora_B [N, R]."""
 CALL = ("Tensor? seed", "float scaling", "float dropout_p", "str backend")
 """What a call has besides operands, none of which has a gradient."""
-SAVED_FOR = {"xa": ("lora_B",), "seed": ("x", "lora_A")}
+SAVED_FOR = {"xa": {"lora_B"}, "seed": {"x", "lora_A"}}
 """The gradients that read what the forward made, or was given besides operands."""
 
 
@@ -58,6 +58,28 @@ class Operand:
     optional: bool = False
     saved_for: tuple[str, ...] = ()
     gradient: Literal["out", "adapters", "own", "widest"] = "out"
+
+    @property
+    def spread(self) -> bool:
+        """Whether it has the leading dimensions."""
+        return self.shape[0] == "*"
+
+
+DY, NONE = -2, -1
+
+
+class Flow(NamedTuple):
+    """What a node does for one set of operands that require a gradient.
+
+    needs: as the backward op takes them. saved: what stands there of (*the forward's arguments, xa, None). rounded:
+    (gradient, operand) for gradients that are rounded to their operand's dtype. returned: what stands there of
+    (*gradients, dy, None), for each of the forward's arguments.
+    """
+
+    needs: list[bool]
+    saved: tuple[int, ...]
+    rounded: tuple[tuple[int, int], ...]
+    returned: tuple[int, ...]
 
 
 class Plan(Protocol):
@@ -113,36 +135,49 @@ class Operation:
         place = {operand.name: index for index, operand in enumerate(operands)}
         self.gradients = tuple(operands[place[name]] for name in needs._fields)
         self.saved = tuple(operand for operand in operands if operand.saved_for or operand.name in ADAPTERS)
+        self.own_dtypes = tuple(place[operand.name] for operand in self.gradients if operand.gradient == "own")
         # Among the operands, which are the forward's first arguments:
         self._x, self._out, self._A, self._B = (place[name] for name in ("x", out, *ADAPTERS))
-        self._flattened = tuple(place[operand.name] for operand in operands if operand.shape[0] == "*")
-        self.own_dtypes = tuple(place[operand.name] for operand in self.gradients if operand.gradient == "own")
-        self.rounded = tuple(
-            (index, place[operand.name]) for index, operand in enumerate(self.gradients) if operand.gradient == "widest"
-        )
+        self._spread = tuple(place[operand.name] for operand in operands if operand.spread)
         # Among the backward's arguments: dy, what is saved, xa, seed, scaling, dropout_p, own dtypes, needs, backend.
         saved = {operand.name: 1 + index for index, operand in enumerate(self.saved)}
         self._saved_A, self._saved_B = (saved[name] for name in ADAPTERS)
         self._xa = 1 + len(saved)
-        self._saved_flattened = (*(saved[o.name] for o in self.saved if o.shape[0] == "*"), self._xa)
+        self._saved_spread = (0, *(saved[operand.name] for operand in self.saved if operand.spread), self._xa)
+        self._spread_gradients = tuple(index for index, operand in enumerate(self.gradients) if operand.spread)
         self._own = {operands[index].name: self._xa + 4 + count for count, index in enumerate(self.own_dtypes)}
 
-        self.saved_places = self._places_of_saved(place)
-        """By needs: where among (*the forward's arguments, xa, None) stands what a node saves."""
+        self.flows = {
+            (*flags, *(False,) * len(CALL)): self._flow(flags) for flags in product((False, True), repeat=len(operands))
+        }
+        """By whether each argument requires a gradient."""
         self.forward = self._define("forward", self._forward, self._fake_forward, self._forward_schema())
         self.backward = self._define("backward", self._backward, self._fake_backward, self._backward_schema())
 
-    def _places_of_saved(self, place: Mapping[str, int]) -> dict[tuple[bool, ...], tuple[int, ...]]:
-        names = tuple(operand.name for operand in self.gradients)
+    def _flow(self, required: tuple[bool, ...]) -> Flow:
+        place = {operand.name: index for index, operand in enumerate(self.operands)}
+        needs = [required[place[operand.name]] for operand in self.gradients]
+        needed = {operand.name for operand, need in zip(self.gradients, needs, strict=True) if need}
         seed, xa = len(self.operands), len(self.operands) + len(CALL)
-        readers = {place[o.name]: names if o.name in ADAPTERS else o.saved_for for o in self.saved}
-        readers |= {xa: SAVED_FOR["xa"], seed: SAVED_FOR["seed"]}
-        return {
-            needs: tuple(
-                index if set(read_by) & set(compress(names, needs)) else xa + 1 for index, read_by in readers.items()
-            )
-            for needs in product((False, True), repeat=len(names))
-        }
+        read_by = {place[o.name]: needed if o.name in ADAPTERS else needed & set(o.saved_for) for o in self.saved}
+        read_by |= {xa: needed & SAVED_FOR["xa"], seed: needed & SAVED_FOR["seed"]}
+        returned = [NONE] * (len(self.operands) + len(CALL))
+        for index, operand in enumerate(self.gradients):
+            if needs[index]:
+                returned[place[operand.name]] = index
+        for name in self.passes_dy:
+            if required[place[name]]:
+                returned[place[name]] = DY
+        return Flow(
+            needs=needs,
+            saved=tuple(index if readers else NONE for index, readers in read_by.items()) if needed else (),
+            rounded=tuple(
+                (index, place[operand.name])
+                for index, operand in enumerate(self.gradients)
+                if needs[index] and operand.gradient == "widest"
+            ),
+            returned=tuple(returned),
+        )
 
     # -- the registered ops --------------------------------------------------------------------------------------
 
@@ -172,14 +207,16 @@ class Operation:
         if x.numel() == 0:
             return self._fake_forward(*args)
         leading = x.shape[:-1]
-        *arguments, backend = args
-        for place in self._flattened:
-            arguments[place] = flat(arguments[place])
-        x, out, seed = arguments[self._x], arguments[self._out], arguments[len(self.operands)]
-        plan = self._planned(x, x.dtype, arguments[self._A], arguments[self._B], out.dtype, seed, backend)
+        if len(leading) != 1:
+            flattened = list(args)
+            for place in self._spread:
+                flattened[place] = flat(args[place])
+            args, x = tuple(flattened), flattened[self._x]
+        lora_A, lora_B, out_dtype, seed = args[self._A], args[self._B], args[self._out].dtype, args[-4]
+        plan = self._planned(x, x.dtype, lora_A, lora_B, out_dtype, seed, args[-1])
         with plain(x):
-            y, xa = self.implementation(plan.backend).forward(*arguments, plan)
-        return shaped(y, leading), shaped(xa, leading)
+            y, xa = self.implementation(plan.backend).forward(*args[:-1], plan)
+        return (y, xa) if len(leading) == 1 else (shaped(y, leading), shaped(xa, leading))
 
     def _fake_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         leading, lora_A, lora_B = args[self._x].shape[:-1], args[self._A], args[self._B]
@@ -189,23 +226,26 @@ class Operation:
         dy: Tensor = args[0]
         if dy.numel() == 0:
             return tuple(gradient.zero_() for gradient in self._fake_backward(*args))
-        leading = dy.shape[:-1]
-        *arguments, needs, backend = args
-        arguments[0] = dy = flat(dy)
-        for place in self._saved_flattened:
-            if arguments[place] is not None:
-                arguments[place] = flat(arguments[place])
-        lora_A, lora_B, seed = arguments[self._saved_A], arguments[self._saved_B], arguments[self._xa + 1]
-        x_dtype = arguments[self._own["x"]] if "x" in self._own else dy.dtype
-        plan = self._planned(dy, x_dtype, lora_A, lora_B, dy.dtype, seed, backend)
+        leading, needs = dy.shape[:-1], args[-2]
+        if len(leading) != 1:
+            flattened = list(args)
+            for place in self._saved_spread:
+                if args[place] is not None:
+                    flattened[place] = flat(args[place])
+            args, dy = tuple(flattened), flattened[0]
+        lora_A, lora_B, seed = args[self._saved_A], args[self._saved_B], args[self._xa + 1]
+        x_dtype = args[self._own["x"]] if self._own else dy.dtype
+        plan = self._planned(dy, x_dtype, lora_A, lora_B, dy.dtype, seed, args[-1])
         with plain(dy):
-            found = self.implementation(plan.backward_way.backend).backward(*arguments, self.needs(*needs), plan)
+            found = self.implementation(plan.backward_way.backend).backward(*args[:-2], self.needs(*needs), plan)
         gradients = list(found)
         for index, operand in enumerate(self.gradients):
-            if found[index] is None:
-                gradients[index] = dy.new_empty(0, dtype=self._dtype_of(operand, args))
-            elif operand.shape[0] == "*":
-                gradients[index] = shaped(found[index], leading)
+            if gradients[index] is None:
+                dtype = None if operand.gradient == "out" else self._dtype_of(operand, args)
+                gradients[index] = dy.new_empty(0, dtype=dtype)
+        if len(leading) != 1:
+            for index in self._spread_gradients:
+                gradients[index] = shaped(gradients[index], leading) if needs[index] else gradients[index]
         return tuple(gradients)
 
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
@@ -220,13 +260,10 @@ class Operation:
 
     def _dtype_of(self, operand: Operand, args: Sequence[Any]) -> torch.dtype:
         """Of an operand's gradient, in a call of the backward op."""
-        out: torch.dtype = args[0].dtype
-        adapters: torch.dtype = args[self._saved_A].dtype
         if operand.gradient == "own":
-            out = args[self._own[operand.name]]
-        elif operand.gradient == "widest":
-            out = torch.promote_types(out, adapters)
-        return adapters if operand.gradient == "adapters" else out
+            return cast(torch.dtype, args[self._own[operand.name]])
+        of = args[self._saved_A if operand.gradient == "adapters" else 0].dtype
+        return torch.promote_types(of, args[self._saved_A].dtype) if operand.gradient == "widest" else of
 
     # -- plans and backends --------------------------------------------------------------------------------------
 
