@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from lora_kernels.ops import _branch_torch
 from lora_kernels.ops._needs import BranchNeeds
-from lora_kernels.ops.operation import Operand, Operation
+from lora_kernels.ops.operation import Implementation, Operand, Operation
 from lora_kernels.planning import BranchPlan, Problem, make_branch_plan
 from lora_kernels.planning.device import triton_available
 
@@ -17,7 +15,7 @@ def _plan(problem: Problem, out_dtype: torch.dtype, backend: str, _: torch.devic
     return make_branch_plan(problem, out_dtype, backend, triton_available=triton_available())
 
 
-def _triton() -> ModuleType:
+def _triton() -> Implementation:
     from lora_kernels.ops import _branch_triton
 
     return _branch_triton

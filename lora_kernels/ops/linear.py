@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from lora_kernels.ops import _linear_torch
 from lora_kernels.ops._needs import Needs
-from lora_kernels.ops.operation import Operand, Operation
+from lora_kernels.ops.operation import Implementation, Operand, Operation
 from lora_kernels.planning import Plan, Problem, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
 from lora_kernels.planning.measured import table_of
@@ -20,7 +18,7 @@ def plan_of(problem: Problem, backend: str, device: torch.device) -> Plan:
     return make_plan(problem, backend, triton_available=triton_available(), measured=measured)
 
 
-def _triton() -> ModuleType:
+def _triton() -> Implementation:
     from lora_kernels.ops import _linear_triton
 
     return _linear_triton

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
-from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -94,6 +93,18 @@ class Plan(Protocol):
         """Backend and strategy of the backward."""
 
 
+class Implementation(Protocol):
+    """A backend of an operation; what the two take and return, `Operation` says."""
+
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """y and xa."""
+
+    @property
+    def backward(self) -> Callable[..., tuple[Tensor | None, ...]]:
+        """The gradients."""
+
+
 class Operation:
     """One operation by its declaration.
 
@@ -124,7 +135,7 @@ class Operation:
         out: str,
         needs: type[Any],
         plan: Callable[[Problem, torch.dtype, str, torch.device], Any],
-        backends: Mapping[Backend, Callable[[], ModuleType]],
+        backends: Mapping[Backend, Callable[[], Implementation]],
         passes_dy: tuple[str, ...] = (),
     ) -> None:
         self.name, self.operands, self.needs, self.passes_dy = name, operands, needs, passes_dy
@@ -238,7 +249,7 @@ class Operation:
         plan = self._planned(dy, x_dtype, lora_A, lora_B, dy.dtype, seed, args[-1])
         with plain(dy):
             found = self.implementation(plan.backward_way.backend).backward(*args[:-2], self.needs(*needs), plan)
-        gradients = list(found)
+        gradients: list[Any] = list(found)
         for index, operand in enumerate(self.gradients):
             if gradients[index] is None:
                 dtype = None if operand.gradient == "out" else self._dtype_of(operand, args)
@@ -308,7 +319,7 @@ class Operation:
         """Make every plan anew, with what has been measured meanwhile."""
         self.plan_for = self._cached_plans()
 
-    def _implementation(self, backend: Backend) -> Any:
+    def _implementation(self, backend: Backend) -> Implementation:
         """The module that serves one direction of a plan: for the ops, and for checks that force a strategy."""
         if backend not in self._backends:
             raise UnsupportedError(

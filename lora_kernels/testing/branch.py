@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_kernels import ops
-from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.functional.branch import lora_branch
+from lora_kernels.ops import BRANCH, BranchNeeds
 from lora_kernels.planning import BranchPlan
 from lora_kernels.testing.linear import make_linear_inputs
+from lora_kernels.testing.operation import CallInputs, run_operation, run_plan
 
 BRANCH_TENSORS = ("base_out", "x", "lora_A", "lora_B")
 
 
-@dataclass(frozen=True)
-class BranchInputs:
-    """Arguments of one call and the gradient that flows back; no tensor requires a gradient yet."""
+@dataclass(frozen=True, kw_only=True)
+class BranchInputs(CallInputs):
+    """Arguments of one `lora_branch`."""
 
     base_out: Tensor
     x: Tensor
     lora_A: Tensor
     lora_B: Tensor
-    dy: Tensor
-    scaling: float = 1.0
-    dropout_p: float = 0.0
-    dropout_seed: int = 0
-    dropout_offset: tuple[int, int] | None = None
-
-    def double(self) -> BranchInputs:
-        """The same numbers in fp64, on the CPU: what the truth is computed from."""
-
-        def wide(t: Tensor) -> Tensor:
-            return t.detach().cpu().double()
-
-        base_out, x, lora_A, lora_B, dy = map(wide, (self.base_out, self.x, self.lora_A, self.lora_B, self.dy))
-        return replace(self, base_out=base_out, x=x, lora_A=lora_A, lora_B=lora_B, dy=dy)
 
 
 def make_branch_inputs(
@@ -89,34 +75,12 @@ def run_branch(
 
     `function` is called as lora_branch is; pass a compiled or wrapped one to hold it against the plain call.
     """
-    leaves = {name: getattr(inputs, name).detach().requires_grad_(name in requires_grad) for name in BRANCH_TENSORS}
-    y = function(
-        *leaves.values(),
-        scaling=inputs.scaling,
-        dropout_p=inputs.dropout_p,
-        dropout_seed=inputs.dropout_seed if inputs.dropout_p > 0 else None,
-        dropout_offset=inputs.dropout_offset,
-        backend=backend,
-    )
-    results = {"y": y.detach()}
-    if y.requires_grad:
-        y.backward(inputs.dy)
-    return results | {f"d_{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return run_operation(BRANCH, function, inputs, backend, requires_grad)
 
 
-def run_branch_plan(inputs: BranchInputs, plan: BranchPlan, needs: ops.BranchNeeds | None = None) -> dict[str, Tensor]:
+def run_branch_plan(inputs: BranchInputs, plan: BranchPlan, needs: BranchNeeds | None = None) -> dict[str, Tensor]:
     """One forward and backward as `plan` says, whatever the planner would choose: names as in `run_branch`.
 
     base_out's gradient is dy and no business of a plan: it is left out.
     """
-    i, p = inputs, inputs.dropout_p
-    seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if p > 0 else None
-    needs = ops.BranchNeeds(x=True, lora_A=True, lora_B=True) if needs is None else needs
-    y, xa = ops.BRANCH.implementation(plan.backend).forward(
-        i.base_out, i.x, i.lora_A, i.lora_B, seed, i.scaling, p, plan
-    )
-    gradients = ops.BRANCH.implementation(plan.backward.backend).backward(
-        i.dy, i.x, i.lora_A, i.lora_B, xa, seed, i.scaling, p, i.x.dtype, needs, plan
-    )
-    found = {f"d_{name}": gradient for name, gradient in zip(BRANCH_TENSORS[1:], gradients, strict=True)}
-    return {"y": y} | {name: gradient for name, gradient in found.items() if gradient is not None}
+    return run_plan(BRANCH, inputs, plan, needs)

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_kernels import ops
-from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.functional.linear import lora_linear
+from lora_kernels.ops import LINEAR, Needs
 from lora_kernels.planning import Plan
+from lora_kernels.testing.operation import CallInputs, run_operation, run_plan
 
 
-@dataclass(frozen=True)
-class LinearInputs:
-    """Arguments of one call and the gradient that flows back; no tensor requires a gradient yet."""
+@dataclass(frozen=True, kw_only=True)
+class LinearInputs(CallInputs):
+    """Arguments of one `lora_linear`."""
 
     x: Tensor
     weight: Tensor
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
-    dy: Tensor
-    scaling: float = 1.0
-    dropout_p: float = 0.0
-    dropout_seed: int = 0
-    dropout_offset: tuple[int, int] | None = None
-
-    def double(self) -> LinearInputs:
-        """The same numbers in fp64, on the CPU: what the truth is computed from."""
-
-        def wide(t: Tensor) -> Tensor:
-            return t.detach().cpu().double()
-
-        bias = None if self.bias is None else wide(self.bias)
-        x, weight, lora_A, lora_B, dy = map(wide, (self.x, self.weight, self.lora_A, self.lora_B, self.dy))
-        return replace(self, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, dy=dy)
 
 
 def make_linear_inputs(
@@ -92,45 +77,9 @@ def run_linear(
 
     `function` is called as lora_linear is; pass a compiled or wrapped one to hold it against the plain call.
     """
-    leaves = {
-        name: tensor.detach().requires_grad_(name in requires_grad)
-        for name in ALL_PARAMETERS
-        if (tensor := getattr(inputs, name)) is not None
-    }
-    y = function(
-        leaves["x"],
-        leaves["weight"],
-        leaves["lora_A"],
-        leaves["lora_B"],
-        leaves.get("bias"),
-        scaling=inputs.scaling,
-        dropout_p=inputs.dropout_p,
-        dropout_seed=inputs.dropout_seed if inputs.dropout_p > 0 else None,
-        dropout_offset=inputs.dropout_offset,
-        backend=backend,
-    )
-    results = {"y": y.detach()}
-    if y.requires_grad:
-        y.backward(inputs.dy)
-    for name, leaf in leaves.items():
-        if leaf.grad is not None:
-            results[f"d_{name}"] = leaf.grad
-    return results
+    return run_operation(LINEAR, function, inputs, backend, requires_grad)
 
 
-def run_linear_plan(inputs: LinearInputs, plan: Plan) -> dict[str, Tensor]:
+def run_linear_plan(inputs: LinearInputs, plan: Plan, needs: Needs | None = None) -> dict[str, Tensor]:
     """One forward and backward as `plan` says, whatever the planner would choose: names as in `run_linear`."""
-    i, p = inputs, inputs.dropout_p
-    seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if p > 0 else None
-    y, xa = ops.LINEAR.implementation(plan.backend).forward(
-        i.x, i.weight, i.lora_A, i.lora_B, i.bias, seed, i.scaling, p, plan
-    )
-    needs = ops.Needs(x=True, weight=True, lora_A=True, lora_B=True, bias=i.bias is not None)
-    backward = ops.LINEAR.implementation(plan.backward_way.backend).backward
-    gradients = backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, seed, i.scaling, p, needs, plan)
-    found = {
-        f"d_{name}": gradient.to(getattr(i, name).dtype)  # the bias's comes in the wider dtype it may have
-        for name, gradient in zip(ALL_PARAMETERS, gradients, strict=True)
-        if gradient is not None
-    }
-    return {"y": y} | found
+    return run_plan(LINEAR, inputs, plan, needs)

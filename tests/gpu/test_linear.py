@@ -8,12 +8,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import DtypeError, LoRALinear, UnsupportedError, explain_plan, lora_linear
-from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.ops import Needs, _low_rank_torch, problem_of
 from lora_kernels.planning import Plan, Way, make_plan
 from lora_kernels.planning.plan import paired, ways_of
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
-from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear
+from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear, run_linear_plan
 from tests.linear_cases import (
     DTYPES,
     LAYOUTS,
@@ -58,19 +57,9 @@ def plan_for(inputs: LinearInputs, strategy: str) -> Plan:
     return replace(forced, use_tma=strategy == "descriptors")
 
 
-def run_under(plan: Plan, inputs: LinearInputs, needs: Needs = Needs(*[True] * 5)):  # noqa: B008 - a tuple
+def run_under(plan: Plan, inputs: LinearInputs, needs: Needs | None = None):
     """What run_linear returns, from the triton backend's own forward and backward under a given plan."""
-    from lora_kernels.ops import _linear_triton
-
-    i = inputs
-    seed = seed_tensor(i.dropout_seed, i.dropout_offset, CUDA) if i.dropout_p > 0 else None
-    rest = seed, i.scaling, i.dropout_p
-    needs = needs._replace(bias=needs.bias and i.bias is not None)
-    y, xa = _linear_triton.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
-    gradients = _linear_triton.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
-    found = {name: g for name, g in zip(PARAMETERS, gradients, strict=True) if g is not None}
-    named = {f"d_{name}": g.to(getattr(i, name).dtype) for name, g in found.items()}  # the bias's may come wider
-    return {"y": y, **named}
+    return run_linear_plan(inputs, plan, needs)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])

@@ -9,15 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from lora_kernels import UnsupportedError, lora_linear
-from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.kernels.interpreter import repaired
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.ops import Needs, _linear_triton
+from lora_kernels.ops import Needs
 from lora_kernels.planning import Plan, Problem, make_plan
 from lora_kernels.planning.plan import Strategy, paired
 from lora_kernels.planning.tiles import Tile
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
-from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear
+from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear, run_linear_plan
 from tests.linear_cases import (
     DTYPES,
     LAYOUTS,
@@ -59,19 +58,8 @@ def run_under(plan: Plan | None, inputs: LinearInputs, needs: Needs = EVERYTHING
     check_overflow: a 32-bit offset that overflows is an error, not a wrapped address; takes twice as long.
     """
     plan = plan_for(inputs, **options) if plan is None else plan
-    i = inputs
-    seed = seed_tensor(i.dropout_seed, i.dropout_offset, i.x.device) if i.dropout_p > 0 else None
-    rest = seed, i.scaling, i.dropout_p
-    needs = needs._replace(bias=needs.bias and i.bias is not None)
     with repaired(check_overflow=check_overflow):
-        y, xa = _linear_triton.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
-        gradients = _linear_triton.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
-    named = {
-        f"d_{name}": g.to(getattr(i, name).dtype)  # the bias's comes in the wider dtype it may have
-        for name, g in zip(PARAMETERS, gradients, strict=True)
-        if g is not None
-    }
-    return {"y": y, **named}
+        return run_linear_plan(inputs, plan, needs)
 
 
 def inputs_of(size, dtype, r=8, *, index=0, **options) -> LinearInputs:

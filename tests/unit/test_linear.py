@@ -18,6 +18,7 @@ from lora_kernels.testing import (
     poisoned_allocation,
     relative_error,
     run_linear,
+    run_linear_plan,
 )
 from tests.equality import whole
 from tests.linear_cases import (
@@ -52,19 +53,9 @@ def problems(size, dtype, *, r=8, **options) -> list[LinearInputs]:
     return pooled(make_linear_inputs, *size, r, dtype=x, adapter_dtype=adapters, **options)
 
 
-def run_under(plan: Plan, inputs: LinearInputs, needs=Needs(*[True] * 5)):  # noqa: B008 - a tuple
+def run_under(plan: Plan, inputs: LinearInputs, needs: Needs | None = None):
     """What run_linear returns, from the backend's own forward and backward under a given plan."""
-    i, seed = inputs, torch.tensor([inputs.dropout_seed]) if inputs.dropout_p > 0 else None
-    rest = seed, i.scaling, i.dropout_p
-    y, xa = _linear_torch.forward(i.x, i.weight, i.lora_A, i.lora_B, i.bias, *rest, plan)
-    needs = needs._replace(bias=needs.bias and i.bias is not None)
-    gradients = _linear_torch.backward(i.dy, i.x, i.weight, i.lora_A, i.lora_B, xa, *rest, needs, plan)
-    named = {
-        f"d_{name}": g.to(getattr(i, name).dtype)  # the bias's comes in the wider dtype it may have
-        for name, g in zip(PARAMETERS, gradients, strict=True)
-        if g is not None
-    }
-    return {"y": y, **named}
+    return run_linear_plan(inputs, plan, needs)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
