@@ -32,7 +32,8 @@ from lora_kernels.benchmarking.timer import Samples, round_order
 from lora_kernels.ops import LINEAR
 from lora_kernels.planning import Problem, make_plan
 from lora_kernels.planning.device import triton_available
-from lora_kernels.planning.plan import Strategy, paired
+from lora_kernels.planning.plan import paired
+from lora_kernels.planning.problem import Strategy
 
 NOTHING = "nothing"
 CALLS = 40  # between two looks at the clock; a GPU's launch queue holds about a thousand launches

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from lora_kernels.benchmarking.records import Record, read_csv
-from lora_kernels.planning.plan import Problem, make_plan
+from lora_kernels.planning.plan import make_plan
+from lora_kernels.planning.problem import Problem
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
 ROWS = (1, 16, 128, 512, 2048, 8192)
@@ -55,7 +56,8 @@ def choices() -> list[object]:
 def priced(problem: Problem, choice: list[list[object]]) -> float:
     """Microseconds of both directions."""
     from lora_kernels.planning.cost import Costs
-    from lora_kernels.planning.plan import Way, kernel_choices
+    from lora_kernels.planning.plan import kernel_choices
+    from lora_kernels.planning.problem import Way
     from lora_kernels.planning.tiles import Tile
 
     problem = dataclasses.replace(problem, device=DEVICE)

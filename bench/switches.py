@@ -22,7 +22,7 @@ def pytest_configure(config: Any) -> None:
 
 def apply(switch: str) -> None:
     """For the process."""
-    from lora_kernels.planning import branch, plan
+    from lora_kernels.planning import Plan, Problem, branch, plan
 
     if switch not in SWITCHES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(SWITCHES)}; got {switch!r}")
@@ -33,7 +33,7 @@ def apply(switch: str) -> None:
         return
     planned = plan.kernel_choices
 
-    def changed(problem: plan.Problem) -> plan.Plan:
+    def changed(problem: Problem) -> Plan:
         found = planned(problem)
         if switch == "dependent launch":
             return dataclasses.replace(found, use_pdl=False)

@@ -18,7 +18,8 @@ from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import LINEAR, Needs, problem_of
 from lora_kernels.planning import Backend, Plan, Way, make_plan
 from lora_kernels.planning.device import triton_available
-from lora_kernels.planning.plan import Strategy, paired, ways_of
+from lora_kernels.planning.plan import paired, ways_of
+from lora_kernels.planning.problem import Strategy
 
 STRATEGY_NAMES: tuple[tuple[Backend, Strategy], ...] = (
     ("torch", "library"),

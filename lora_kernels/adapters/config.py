@@ -13,10 +13,10 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 
+from lora_kernels import validation
 from lora_kernels.adapters.targets import Targets, check_pattern, pattern_value
 from lora_kernels.adapters.tree import Place
 from lora_kernels.errors import AdapterFileError, ArgumentError
-from lora_kernels.functional import _checks
 from lora_kernels.nn.adapter import AdapterSettings
 
 NAME = "adapter_config.json"
@@ -135,9 +135,9 @@ class _Reader:
         if self.raw.get("peft_type") != "LORA":
             self.refuse("peft_type", "'LORA'", self.raw.get("peft_type"))
         self.no_other_computation()
-        r = self.number("r", 8, _checks.check_rank)
-        alpha = self.number("lora_alpha", 8, _checks.check_finite)
-        dropout = self.number("lora_dropout", 0.0, lambda name, value: _checks.check_dropout_p(value, name))
+        r = self.number("r", 8, validation.check_rank)
+        alpha = self.number("lora_alpha", 8, validation.check_finite)
+        dropout = self.number("lora_dropout", 0.0, lambda name, value: validation.check_dropout_p(value, name))
         rslora = self.raw.get("use_rslora", False)
         if not isinstance(rslora, bool):
             self.refuse("use_rslora", "true or false", rslora)
@@ -147,8 +147,8 @@ class _Reader:
             float(dropout),
             rslora,
             self.targets(),
-            self.pattern("rank_pattern", _checks.check_rank),
-            self.pattern("alpha_pattern", _checks.check_finite),
+            self.pattern("rank_pattern", validation.check_rank),
+            self.pattern("alpha_pattern", validation.check_finite),
         )
 
     def refuse(self, key: str, expected: str, found: object, hint: str = "") -> NoReturn:

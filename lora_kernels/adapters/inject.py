@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from lora_kernels import validation
 from lora_kernels.adapters.report import AdapterReport, report_on
 from lora_kernels.adapters.targets import Names, Targets, check_pattern, pattern_value
 from lora_kernels.adapters.tree import Place, lora_places, places
 from lora_kernels.errors import ArgumentError, DtypeError, UnsupportedError
-from lora_kernels.functional import _checks
 from lora_kernels.nn import LoRALinear
 from lora_kernels.nn.adapter import (
     AdapterSettings,
@@ -107,8 +107,8 @@ def add_lora(
         "backend": backend,
     }
     AdapterSettings.checked(r=r, lora_alpha=lora_alpha, **shared)  # type: ignore[arg-type]
-    ranks = _checked_pattern("rank_pattern", rank_pattern, _checks.check_rank)
-    alphas = _checked_pattern("alpha_pattern", alpha_pattern, _checks.check_finite)
+    ranks = _checked_pattern("rank_pattern", rank_pattern, validation.check_rank)
+    alphas = _checked_pattern("alpha_pattern", alpha_pattern, validation.check_finite)
     targets = Targets(target_modules, exclude_modules)
     targets.check()
     modules = places(model)

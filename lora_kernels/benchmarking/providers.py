@@ -14,7 +14,7 @@ from lora_kernels.benchmarking.cases import LinearCase
 from lora_kernels.config import INTERPRETED
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.planning.device import device_traits, triton_available
-from lora_kernels.planning.plan import obstacle_to_triton
+from lora_kernels.planning.problem import obstacle_to_triton
 
 FROZEN = "frozen linear"
 UNFUSED = "unfused chain"

@@ -20,7 +20,8 @@ from lora_kernels.benchmarking.timer import interleave
 from lora_kernels.planning import Backend, Plan, Problem, Way, make_plan, tiles
 from lora_kernels.planning.device import triton_available
 from lora_kernels.planning.measured import Direction, Key, Timing, row_bucket
-from lora_kernels.planning.plan import DIRECTIONS, obstacle_to_triton, ways_of
+from lora_kernels.planning.plan import ways_of
+from lora_kernels.planning.problem import DIRECTIONS, obstacle_to_triton
 from lora_kernels.reference import linear as reference
 from lora_kernels.reference.budget import error_limit, relative_error
 

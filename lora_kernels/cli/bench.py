@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 def select_cases(arguments: argparse.Namespace, device: torch.device) -> Sequence[LinearCase]:
     """The device's suite, or the shapes asked for, with the options' dtype and rank."""
     from lora_kernels.benchmarking import cases as suites
-    from lora_kernels.functional._checks import check_dropout_p, check_rank
+    from lora_kernels.validation import check_dropout_p, check_rank
 
     if not (math.isfinite(arguments.budget) and arguments.budget > 0):
         raise ArgumentError(f"--budget must be a positive number of seconds; got {arguments.budget}.")

@@ -28,7 +28,8 @@ from lora_kernels.errors import UnsupportedError
 from lora_kernels.ops import problem_of
 from lora_kernels.planning import Plan, make_plan
 from lora_kernels.planning.device import device_traits, triton_available
-from lora_kernels.planning.plan import Strategy, obstacle_to_triton, paired, ways_of
+from lora_kernels.planning.plan import paired, ways_of
+from lora_kernels.planning.problem import Strategy, obstacle_to_triton
 from lora_kernels.reference.philox import keep_mask
 from lora_kernels.testing import (
     BranchInputs,

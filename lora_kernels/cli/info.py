@@ -17,7 +17,7 @@ from lora_kernels import config
 from lora_kernels.cli import table
 from lora_kernels.errors import UnsupportedError
 from lora_kernels.planning.device import device_traits, triton_available
-from lora_kernels.planning.plan import obstacle_to_triton
+from lora_kernels.planning.problem import obstacle_to_triton
 
 # (what it is, M, dropout_p, adapters in fp32) for a 4096 x 4096 linear in bf16 at rank 16.
 TYPICAL = (

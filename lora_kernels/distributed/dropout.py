@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lora_kernels.errors import ArgumentError
-from lora_kernels.functional._checks import draw_seed
 from lora_kernels.nn import LoRALinear
+from lora_kernels.validation import draw_seed
 
 _TOLD = (
     "dropout_seed must be the same on every rank that shares a mask; the ranks of this group drew different ones. Call "

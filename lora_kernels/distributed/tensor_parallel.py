@@ -27,13 +27,13 @@ from torch.nn import functional as F
 
 from lora_kernels.distributed.dropout import BatchShard, check_apart, gather, require, same_seed
 from lora_kernels.errors import ArgumentError, UnsupportedError
-from lora_kernels.functional._checks import draw_seed, of_layer
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn import LoRALinear
 from lora_kernels.nn.adapter import AdapterSettings, names_of, own_names
 from lora_kernels.nn.adopt import adopted_class
 from lora_kernels.nn.sharding import is_dtensor, is_sharded
 from lora_kernels.reference.philox import COLUMNS_PER_COUNTER
+from lora_kernels.validation import draw_seed, of_layer
 
 
 class ShardedLoRALinear(LoRALinear):

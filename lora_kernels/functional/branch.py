@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels import config
-from lora_kernels.functional import _checks
+from lora_kernels import config, validation
 from lora_kernels.functional._autocast import cast_adapter, cast_input, without_autocast
 from lora_kernels.ops import BRANCH
 from lora_kernels.ops.node import differentiable
@@ -91,21 +90,21 @@ def lora_branch(
         >>> torch.allclose(y, base(x))
         True
     """
-    _checks.check_backend(backend)
-    _checks.check_dropout_p(dropout_p)
-    _checks.check_scaling(scaling)
-    _checks.check_branch(base_out, x, lora_A, lora_B)
-    _checks.check_seed(dropout_seed, dropout_offset, x.device)
+    validation.check_backend(backend)
+    validation.check_dropout_p(dropout_p)
+    validation.check_scaling(scaling)
+    validation.check_branch(base_out, x, lora_A, lora_B)
+    validation.check_seed(dropout_seed, dropout_offset, x.device)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         # The cast F.linear makes; float32 adapters stay as they are.
         dtype = torch.get_autocast_dtype(device_type)
         x, lora_A, lora_B = cast_input(x, dtype), cast_adapter(lora_A, dtype), cast_adapter(lora_B, dtype)
-    _checks.check_dtypes(device_type, x=x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype, base_out=base_out.dtype)
+    validation.check_dtypes(device_type, x=x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype, base_out=base_out.dtype)
     if backend == "auto":
         backend = config.auto_backend()
-    _checks.check_servable(backend, x, base_out)
-    seed = _checks.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
+    validation.check_servable(backend, x, base_out)
+    seed = validation.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
 
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling, 1.0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels import config
-from lora_kernels.functional import _checks
+from lora_kernels import config, validation
 from lora_kernels.functional._autocast import cast_adapter, cast_input, without_autocast
 from lora_kernels.ops import LINEAR
 from lora_kernels.ops.node import differentiable
@@ -89,11 +88,11 @@ def lora_linear(
         >>> y.shape
         torch.Size([2, 5, 32])
     """
-    _checks.check_backend(backend)
-    _checks.check_dropout_p(dropout_p)
-    _checks.check_scaling(scaling)
-    _checks.check_linear(x, weight, lora_A, lora_B, bias)
-    _checks.check_seed(dropout_seed, dropout_offset, x.device)
+    validation.check_backend(backend)
+    validation.check_dropout_p(dropout_p)
+    validation.check_scaling(scaling)
+    validation.check_linear(x, weight, lora_A, lora_B, bias)
+    validation.check_seed(dropout_seed, dropout_offset, x.device)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         # The casts F.linear makes; float32 adapters stay as they are, and a float32 bias beside them.
@@ -102,7 +101,7 @@ def lora_linear(
         lora_A, lora_B = cast_adapter(lora_A, dtype), cast_adapter(lora_B, dtype)
         if bias is not None and bias.dtype != lora_A.dtype:
             bias = cast_input(bias, dtype)
-    _checks.check_dtypes(
+    validation.check_dtypes(
         device_type,
         x=x.dtype,
         weight=weight.dtype,
@@ -112,8 +111,8 @@ def lora_linear(
     )
     if backend == "auto":
         backend = config.auto_backend()
-    _checks.check_servable(backend, x)
-    seed = _checks.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
+    validation.check_servable(backend, x)
+    seed = validation.seed_tensor(dropout_seed, dropout_offset, x.device) if dropout_p > 0 else None
 
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling, 1.0

@@ -6,9 +6,9 @@ import torch
 
 from lora_kernels import config
 from lora_kernels.errors import ArgumentError, DeviceError
-from lora_kernels.functional._checks import check_dropout_p, check_dtypes, check_rank
 from lora_kernels.ops import plan_of, problem_of
 from lora_kernels.planning import Plan
+from lora_kernels.validation import check_dropout_p, check_dtypes, check_rank
 
 
 def explain_plan(

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.functional import _checks
+from lora_kernels import validation
 from lora_kernels.functional.branch import lora_branch
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn.sharding import dtensors, is_sharded
@@ -174,7 +174,7 @@ def is_small(layer: Any, x: Tensor) -> bool:
     work: int = x.numel() * layer.out_features
     if not _SMALL_IN_ANY_CASE <= work < _LARGE_IN_ANY_CASE:
         return work < _SMALL_IN_ANY_CASE
-    bits = 16 if x.dtype in _checks.HALF or torch.is_autocast_enabled("cpu") else 32
+    bits = 16 if x.dtype in validation.HALF or torch.is_autocast_enabled("cpu") else 32
     drops = layer.training and any(type(dropout) is nn.Dropout for dropout in layer.lora_dropout.values())
     return work < SMALL_CALL[bits, drops]
 
@@ -243,9 +243,9 @@ def operation_for(
         return None, "lora_A and lora_B are of two dtypes"
     autocast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
     if autocast:
-        if dtype not in _checks.COMPUTED or adapter_dtype not in _checks.COMPUTED:
+        if dtype not in validation.COMPUTED or adapter_dtype not in validation.COMPUTED:
             return None, f"autocast leaves one of {_name(dtype)} x and {_name(adapter_dtype)} adapter as it is"
-    elif dtype not in (_checks.LAYER_DTYPES if device.type == "cpu" else _checks.COMPUTED):
+    elif dtype not in (validation.LAYER_DTYPES if device.type == "cpu" else validation.COMPUTED):
         return None, f"x is {_name(dtype)}"
     elif adapter_dtype != dtype and (adapter_dtype != torch.float32 or not layer.cast_input_dtype_enabled):
         return None, f"x is {_name(dtype)}, the adapter {_name(adapter_dtype)}"
@@ -254,7 +254,7 @@ def operation_for(
         base_dtype = weight.dtype
         if weight.device != device or (bias is not None and bias.dtype != base_dtype):
             why_not_linear = "the base layer is on another device, or of two dtypes"
-        elif base_dtype not in _checks.COMPUTED if autocast else base_dtype != dtype:
+        elif base_dtype not in validation.COMPUTED if autocast else base_dtype != dtype:
             why_not_linear = f"x is {_name(dtype)}, the base layer {_name(base_dtype)}"
     return (BRANCH, why_not_linear) if why_not_linear else (LINEAR, "")
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lora_kernels import validation
 from lora_kernels.errors import ArgumentError, DtypeError
-from lora_kernels.functional import _checks
 from lora_kernels.functional._autocast import without_autocast
 from lora_kernels.nn.sharding import is_dtensor, is_sharded, write
 
@@ -47,10 +47,10 @@ class AdapterSettings:
         backend: str = "auto",
     ) -> AdapterSettings:
         """With each number in its range, and the scaling that follows from them."""
-        _checks.check_rank("r", r)
-        _checks.check_finite("lora_alpha", lora_alpha)
-        _checks.check_dropout_p(lora_dropout, "lora_dropout")
-        _checks.check_backend(backend)
+        validation.check_rank("r", r)
+        validation.check_finite("lora_alpha", lora_alpha)
+        validation.check_dropout_p(lora_dropout, "lora_dropout")
+        validation.check_backend(backend)
         if init_lora_weights not in (True, False, "gaussian"):
             raise ArgumentError(f"init_lora_weights must be True, False or 'gaussian'; got {init_lora_weights!r}.")
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -93,7 +93,7 @@ def check_adapter_name(name: object) -> None:
 
 def resolve_adapter_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> torch.dtype:
     """The adapters' dtype in a layer of `dtype`, both checked."""
-    if dtype not in _checks.LAYER_DTYPES:
+    if dtype not in validation.LAYER_DTYPES:
         raise DtypeError(f"dtype must be float32, float16, bfloat16 or float64; got {dtype}. Choose one of them.")
     if adapter_dtype not in (None, dtype, torch.float32):
         raise DtypeError(f"adapter_dtype must be the layer's dtype, {dtype}, or torch.float32; got {adapter_dtype}.")
@@ -246,6 +246,6 @@ def weight_obstacle(module: nn.Module, shape: tuple[int, int]) -> str | None:
         return f"{found} without a weight parameter"
     if is_lazy(weight):
         return f"{found} whose weight has no shape yet"
-    if weight.dtype not in _checks.LAYER_DTYPES or weight.shape != shape:
+    if weight.dtype not in validation.LAYER_DTYPES or weight.shape != shape:
         return f"{found} with weight {list(weight.shape)} {weight.dtype}"
     return None

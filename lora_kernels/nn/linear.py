@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels import validation
 from lora_kernels.errors import ArgumentError, DeviceError, UnsupportedError
-from lora_kernels.functional import _checks
 from lora_kernels.functional.linear import lora_linear
 from lora_kernels.nn import sharding
 from lora_kernels.nn.adapter import (
@@ -120,8 +120,8 @@ class LoRALinear(nn.Linear):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        _checks.check_features("in_features", in_features)
-        _checks.check_features("out_features", out_features)
+        validation.check_features("in_features", in_features)
+        validation.check_features("out_features", out_features)
         adapter_dtype = resolve_adapter_dtype(torch.get_default_dtype() if dtype is None else dtype, adapter_dtype)
         settings = AdapterSettings.checked(
             r=r,

@@ -14,7 +14,8 @@ import torch
 
 from lora_kernels.planning.cost import BranchCosts
 from lora_kernels.planning.measured import row_bucket
-from lora_kernels.planning.plan import Backend, Plan, Problem, Way, cpu_way, kernel_choices, ranked, servable
+from lora_kernels.planning.plan import Plan, cpu_way, kernel_choices, ranked, servable
+from lora_kernels.planning.problem import Backend, Problem, Way
 
 LIBRARY, SHRINK_EXPAND = Way("torch", "library"), Way("triton", "shrink_expand")
 

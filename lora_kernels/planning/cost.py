@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
+from lora_kernels.planning.problem import Problem, Way
 from lora_kernels.planning.tiles import DROPOUT, Tile, Width, dyb_columns, fewest_programs, padded_rank, rates_of
-
-if TYPE_CHECKING:
-    from lora_kernels.planning.plan import Problem, Way
-
 
 LIBRARY_GEMM, COPY = 0.83, 0.88
 """Share of the data sheet that library GEMMs and copies reach, the last wave of tiles counted apart: an H200 gave 0.81

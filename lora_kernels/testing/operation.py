@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lora_kernels.functional._checks import seed_tensor
 from lora_kernels.ops import Operation
+from lora_kernels.validation import seed_tensor
 
 Inputs = TypeVar("Inputs", bound="CallInputs")
 

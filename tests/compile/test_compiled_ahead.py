@@ -12,7 +12,7 @@ from lora_kernels.kernels.bwd_lora_b import bwd_lora_b_kernel
 from lora_kernels.kernels.reduce_partials import reduce_partials_kernel
 from lora_kernels.kernels.shrink import shrink_kernel
 from lora_kernels.planning import Problem, plan
-from lora_kernels.planning.plan import Way
+from lora_kernels.planning.problem import Way
 
 PROBLEM = Problem(
     64, 64, 64, 16, torch.bfloat16, torch.bfloat16, True,

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.functional import _checks
+from lora_kernels import validation
 from lora_kernels.interop._peft_layers import LINEAR
 from lora_kernels.reference.linear import drop
 from lora_kernels.testing import BudgetRow, budget_rows
@@ -223,7 +223,7 @@ class Problem:
         layer.__class__ = layer._stock_class
         if call.dropout_p:
             with generator_state(self.generator):
-                seed = _checks.seed_tensor(None, None, x.device)
+                seed = validation.seed_tensor(None, None, x.device)
             layer.lora_dropout[call.adapter] = SeededDropout(call.dropout_p, seed)
         if double:
             base = layer.base_layer

@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import patch_peft
-from lora_kernels.functional import _checks
+from lora_kernels import patch_peft, validation
 from lora_kernels.interop import _peft_layers
 from lora_kernels.reference.philox import dropout_scale, keep_mask
 
@@ -64,7 +63,7 @@ class SeededDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        seed = _checks.seed_tensor(None, None, x.device)
+        seed = validation.seed_tensor(None, None, x.device)
         keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], self.p).view(x.shape)
         return torch.where(keep, x, 0) * dropout_scale(self.p)
 

@@ -13,7 +13,8 @@ from lora_kernels.kernels.interpreter import repaired
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops import Needs
 from lora_kernels.planning import Plan, Problem, make_plan
-from lora_kernels.planning.plan import Strategy, paired
+from lora_kernels.planning.plan import paired
+from lora_kernels.planning.problem import Strategy
 from lora_kernels.planning.tiles import Tile
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
 from lora_kernels.testing import LinearInputs, make_linear_inputs, poisoned_allocation, run_linear, run_linear_plan

@@ -13,8 +13,8 @@ from lora_kernels import (
     ShapeError,
     UnsupportedError,
     lora_branch,
+    validation,
 )
-from lora_kernels.functional import _checks
 from tests.linear_cases import Nothing
 
 M, N, K, R = 6, 8, 5, 3
@@ -137,12 +137,12 @@ def test_base_outs_dtype():
     )
     same = {"x": torch.float32, "lora_A": torch.float32, "lora_B": torch.float32}
     with pytest.raises(DtypeError) as caught:
-        _checks.check_dtypes("cuda", **same, base_out=torch.float64)
+        validation.check_dtypes("cuda", **same, base_out=torch.float64)
     assert str(caught.value) == (
         "base_out must be float32, float16 or bfloat16 on cuda; got float64. Convert base_out."
     )
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        _checks.check_dtypes("cuda", **same, base_out=dtype)
+        validation.check_dtypes("cuda", **same, base_out=dtype)
         assert lora_branch(**arguments(base_out=t(M, N, dtype=dtype))).dtype == dtype
 
 

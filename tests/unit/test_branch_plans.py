@@ -7,7 +7,7 @@ import torch
 
 from lora_kernels import UnsupportedError
 from lora_kernels.planning import BranchPlan, make_branch_plan
-from lora_kernels.planning.plan import obstacle_to_triton
+from lora_kernels.planning.problem import obstacle_to_triton
 from lora_kernels.planning.tiles import FAMILY_OF_ARCH, shipped_tiles, tile_of
 from tests.unit.test_planning import ARCHITECTURES, OBSTACLES, WIDTH_DTYPES, problem
 

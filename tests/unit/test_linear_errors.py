@@ -14,8 +14,8 @@ from lora_kernels import (
     UnsupportedError,
     explain_plan,
     lora_linear,
+    validation,
 )
-from lora_kernels.functional import _checks
 from tests.linear_cases import Nothing
 
 M, N, K, R = 6, 8, 5, 3
@@ -199,8 +199,8 @@ def test_adapters_share_a_dtype_that_is_xs_or_fp32():
 def test_fp64_elsewhere_than_on_the_cpu():
     fp64 = {"x": torch.float64, "weight": torch.float64, "lora_A": torch.float64, "lora_B": torch.float64}
     with pytest.raises(DtypeError, match=r"^x must be float32, float16 or bfloat16 on cuda; got float64\. Convert x"):
-        _checks.check_dtypes("cuda", **fp64)
-    _checks.check_dtypes("cpu", **fp64)
+        validation.check_dtypes("cuda", **fp64)
+    validation.check_dtypes("cpu", **fp64)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias"])

@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 from lora_kernels import config, explain_plan
 from lora_kernels.planning import Way, make_plan, measured
 from lora_kernels.planning.measured import Key, Timing, row_bucket
-from lora_kernels.planning.plan import DIRECTIONS, Problem, ways_of
+from lora_kernels.planning.plan import ways_of
+from lora_kernels.planning.problem import DIRECTIONS, Problem
 from lora_kernels.planning.tiles import Tile
 
 DEVICE = "NVIDIA Test 9000"

@@ -12,7 +12,8 @@ from lora_kernels.benchmarking.records import Record, read_csv
 from lora_kernels.planning import Plan, Problem, cost, make_plan
 from lora_kernels.planning.cost import Costs, _Side
 from lora_kernels.planning.measured import row_bucket
-from lora_kernels.planning.plan import Way, kernel_choices, ways_of
+from lora_kernels.planning.plan import kernel_choices, ways_of
+from lora_kernels.planning.problem import Way
 from lora_kernels.planning.tiles import (
     FAMILIES,
     MAX_RANK,

@@ -260,7 +260,7 @@ def check_servable(backend: str, x: Tensor, base_out: Tensor | None = None) -> N
     if backend != "triton" or torch.compiler.is_compiling():
         return
     from lora_kernels.planning.device import device_traits, triton_available
-    from lora_kernels.planning.plan import obstacle_to_triton
+    from lora_kernels.planning.problem import obstacle_to_triton
 
     arch = device_traits(x.device.type, x.device.index).arch
     for t in (x, base_out):
