@@ -235,7 +235,7 @@ def _warm(device: str, case: LinearCase) -> str:
 
 def repeat(device: str) -> int:
     """The same call gives the same bits: the masked shrink; and steps, whose launches overlap, alone and in a graph."""
-    from lora_kernels.ops._low_rank_triton import launch_scope
+    from lora_kernels.ops.low_rank_triton import launch_scope
 
     where = torch.device(device)
     gpu = where.type == "cuda"

@@ -3,7 +3,7 @@
     xa = alpha (mask * x) A^T      y = base_out + xa B^T, the sum in the GEMM
     dyb = alpha dy B               dx = mask * (dyb A)
 
-with alpha = scaling / (1 - p). The rank-sized products are `_low_rank_torch`'s; where dtypes differ or the plan says
+with alpha = scaling / (1 - p). The rank-sized products are `low_rank_torch`'s; where dtypes differ or the plan says
 "upcast", y is made by blocks of rows in fp32, too, each rounded once: nothing of its size is ever made in fp32.
 """
 
@@ -12,18 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops._low_rank_torch import (
-    block_buffer,
-    blockwise_lora_a,
-    compute_dtype,
-    from_dy,
-    product,
-    row_blocks,
-    scaled_mm,
-    shrink,
-)
+from lora_kernels.ops import low_rank_torch as low_rank
 from lora_kernels.ops._needs import BranchNeeds
 from lora_kernels.ops._scale import scale_of
+from lora_kernels.ops.low_rank_torch import block_buffer, compute_dtype, row_blocks, shrink
 from lora_kernels.planning import BranchPlan
 
 
@@ -73,19 +65,8 @@ def backward(
     plan: BranchPlan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, lora_A, lora_B; None where not needed. What a needed one reads is there."""
-    scale = scale_of(seed, scaling, dropout_p, lora_A.dtype)
-    upcast = plan.backward.strategy == "upcast"
-    lora_x = x if needs.lora_A else None
-    dyb, d_lora_B, _ = from_dy(
-        dy, lora_B if needs.x or needs.lora_A else None, xa if needs.lora_B else None, scale, upcast=upcast
-    )
-    if dyb is None:
-        return None, None, d_lora_B
-    dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=x_dtype, device=dy.device) if needs.x else None
-    if upcast or lora_A.dtype != x_dtype or seed is not None:
-        d_lora_A = blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, scale.gain, dx)
-    else:
-        d_lora_A = None if lora_x is None else product(dyb.T, lora_x, scale.gain)
-        if dx is not None:
-            scaled_mm(dyb, lora_A, scale.gain, dx)
+    dx, d_lora_A, d_lora_B, _ = low_rank.backward(
+        dy, x if needs.lora_A else None, lora_A, lora_B, xa if needs.lora_B else None, seed, scaling, dropout_p,
+        needs_x=needs.x, x_dtype=x_dtype, upcast=plan.backward_way.strategy == "upcast",
+    )  # fmt: skip
     return dx, d_lora_A, d_lora_B

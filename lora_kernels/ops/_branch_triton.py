@@ -19,9 +19,9 @@ from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
 from lora_kernels.kernels.expand import expand
 from lora_kernels.kernels.replay import replayed
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.ops._low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.ops._needs import BranchNeeds
 from lora_kernels.ops._scale import Scale
+from lora_kernels.ops.low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.planning import BranchPlan, Plan
 
 

@@ -5,7 +5,7 @@
 
 with alpha = scaling / (1 - p). The expand goes first and the base GEMM accumulates on top: y is read and written once
 less than in the eager chain, and is rounded after its large term rather than before. The rank-sized products are
-`_low_rank_torch`'s; where those go by blocks of rows, so does what is made of them here. Only a tensor that fits one
+`low_rank_torch`'s; where those go by blocks of rows, so does what is made of them here. Only a tensor that fits one
 block is ever copied to fp32 as a whole.
 """
 
@@ -14,18 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops._low_rank_torch import (
-    block_buffer,
-    blockwise_lora_a,
-    from_dy,
-    product,
-    row_blocks,
-    scaled_mm,
-    shrink,
-    wide,
-)
+from lora_kernels.ops import low_rank_torch as low_rank
 from lora_kernels.ops._needs import Needs
 from lora_kernels.ops._scale import scale_of
+from lora_kernels.ops.low_rank_torch import block_buffer, row_blocks, scaled_mm, shrink, wide
 from lora_kernels.planning import Plan
 
 # fp32 copy of the weight that "upcast" holds at a time: 32 MiB.
@@ -108,24 +100,12 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, lora_A, lora_B, bias; None where not needed. What a needed one reads is there."""
-    scale = scale_of(seed, scaling, dropout_p, lora_A.dtype)
-    xa = xa if needs.lora_B else None
-    lora_x = x if needs.lora_A else None
-    dx = None
-    if needs.x:
-        assert weight is not None
-        dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
     upcast = plan.backward_way.strategy == "upcast"
-    bias_dtype = torch.promote_types(dy.dtype, lora_A.dtype) if needs.bias else None
-    dyb, d_lora_B, d_bias = from_dy(
-        dy, lora_B if needs.x or needs.lora_A else None, xa, scale, bias_dtype=bias_dtype, upcast=upcast
-    )
-    if upcast or lora_A.dtype != dy.dtype or seed is not None:
-        d_lora_A = blockwise_lora_a(lora_x, dyb, lora_A, seed, dropout_p, scale.gain, dx)
-    else:
-        d_lora_A = None if lora_x is None or dyb is None else product(dyb.T, lora_x, scale.gain)
-        if dx is not None and dyb is not None:
-            scaled_mm(dyb, lora_A, scale.gain, dx)
+    dx, d_lora_A, d_lora_B, d_bias = low_rank.backward(
+        dy, x if needs.lora_A else None, lora_A, lora_B, xa if needs.lora_B else None, seed, scaling, dropout_p,
+        needs_x=needs.x, x_dtype=dy.dtype, upcast=upcast,
+        bias_dtype=torch.promote_types(dy.dtype, lora_A.dtype) if needs.bias else None,
+    )  # fmt: skip
     if dx is not None:
         assert weight is not None
         if upcast:

@@ -21,10 +21,10 @@ from lora_kernels.kernels.one_pass import one_pass
 from lora_kernels.kernels.persistent import persistent, persistent_available, persistent_serves
 from lora_kernels.kernels.replay import replayed
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.ops._low_rank_torch import product
-from lora_kernels.ops._low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.ops._needs import Needs
 from lora_kernels.ops._scale import Scale
+from lora_kernels.ops.low_rank_torch import product
+from lora_kernels.ops.low_rank_triton import from_dy, launch_scope, threshold_and_scale
 from lora_kernels.planning import Plan
 
 

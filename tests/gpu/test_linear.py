@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import DtypeError, LoRALinear, UnsupportedError, explain_plan, lora_linear
-from lora_kernels.ops import Needs, _low_rank_torch, problem_of
+from lora_kernels.ops import Needs, low_rank_torch, problem_of
 from lora_kernels.planning import Plan, Way, make_plan
 from lora_kernels.planning.plan import paired, ways_of
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
@@ -482,7 +482,7 @@ def test_seed_on_the_wrong_device_and_operand_on_the_cpu():
 def test_library_blocks_on_a_gpu(dtype, p):
     # More rows than one block of the torch backend, with a tail.
     columns = 1024
-    rows = _low_rank_torch.BLOCK_ELEMENTS["cuda"] // columns + 77
+    rows = low_rank_torch.BLOCK_ELEMENTS["cuda"] // columns + 77
     assert_within_budget(
         inputs_of((rows, columns, columns), dtype, 8, dropout_p=p), partial(run_linear, backend="torch")
     )

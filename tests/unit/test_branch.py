@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.nn import functional as F
 
 from lora_kernels import UnsupportedError, lora_branch, lora_linear
-from lora_kernels.ops import BranchNeeds, _low_rank_torch
+from lora_kernels.ops import BranchNeeds, low_rank_torch
 from lora_kernels.planning import BranchPlan, Way
 from lora_kernels.testing import make_linear_inputs, order_errors, poisoned_allocation, run_branch, run_branch_plan
 from tests.branch_cases import DTYPES, SAME, SUBSETS, TENSORS, inputs_of, problems
@@ -88,7 +88,7 @@ def test_budget_over_ranks(dtypes, p, r):
 @pytest.mark.parametrize("strategy", PLANS)
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16", "bf16-mixed", "bf16-over-fp32"])
 def test_budget_across_blocks(monkeypatch, dtypes, strategy, size):
-    monkeypatch.setitem(_low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
+    monkeypatch.setitem(low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
     assert_within_budget(inputs_of(size, dtypes, 4, dropout_p=0.5), partial(run_branch_plan, plan=PLANS[strategy]))
 
 

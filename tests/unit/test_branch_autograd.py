@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import UnsupportedError, lora_branch, lora_linear
-from lora_kernels.ops import BranchNeeds, _branch_torch, _low_rank_torch
+from lora_kernels.ops import BranchNeeds, _branch_torch, low_rank_torch
 from lora_kernels.planning import BranchPlan, Way
 from lora_kernels.reference.philox import dropout_scale, keep_mask
 from lora_kernels.testing import run_branch
@@ -94,7 +94,7 @@ def test_a_branch_keeps_no_more_than_lora_linear_does():
 @pytest.mark.parametrize("strategy", ["library", "upcast"])
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_nothing_else_of_token_size_is_made(monkeypatch, dtypes, strategy, p):
-    monkeypatch.setitem(_low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
+    monkeypatch.setitem(low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
     # M so large that one fp32 block is half of the smallest tensor of tokens.
     n, k = 80, 72
     m = 4 * BLOCK // k + 77

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.nn import functional as F
 
 from lora_kernels import ArgumentError, UnsupportedError, config, explain_plan, lora_linear
-from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
+from lora_kernels.ops import Needs, _linear_torch, low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.testing import (
     LinearInputs,
@@ -139,7 +139,7 @@ def test_budget_over_ranks(dtype, p, r):
 @pytest.mark.parametrize("strategy", PLANS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
 def test_budget_across_blocks(monkeypatch, dtype, strategy, size):
-    monkeypatch.setitem(_low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
+    monkeypatch.setitem(low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
     monkeypatch.setattr(_linear_torch, "WEIGHT_BLOCK_ELEMENTS", BLOCK)
     x, adapters = DTYPES[dtype]
     inputs = make_linear_inputs(*size, 4, dtype=x, adapter_dtype=adapters, dropout_p=0.5)

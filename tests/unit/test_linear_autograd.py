@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import UnsupportedError, lora_linear
-from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
+from lora_kernels.ops import Needs, _linear_torch, low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.reference import linear as reference
 from lora_kernels.testing import make_linear_inputs, run_linear
@@ -88,7 +88,7 @@ def test_frozen_weight_costs_the_documented_bytes_and_no_more():
 @pytest.mark.parametrize("strategy", ["library", "upcast"])
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 def test_nothing_else_of_token_size_is_made(monkeypatch, dtype, strategy, p):
-    monkeypatch.setitem(_low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
+    monkeypatch.setitem(low_rank_torch.BLOCK_ELEMENTS, "cpu", BLOCK)
     x, adapters = DTYPES[dtype]
     # M so large that one fp32 block is half of the smallest tensor of tokens.
     n, k, r = 80, 72, 8

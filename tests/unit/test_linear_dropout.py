@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear, lora_linear
-from lora_kernels.ops import Needs, _linear_torch, _low_rank_torch
+from lora_kernels.ops import Needs, _linear_torch, low_rank_torch
 from lora_kernels.planning import Plan
 from lora_kernels.reference.philox import dropout_scale, keep_mask
 from tests.equality import whole_numbers
@@ -57,7 +57,7 @@ def test_mask_across_blocks_of_rows_and_columns(dtype, strategy):
     # dx [M, K] is made in several blocks of rows, and in two of columns under upcast.
     kind, adapters = DTYPES[dtype]
     n, k, seed = 8300, 1030, torch.tensor([6])
-    m = _low_rank_torch.BLOCK_ELEMENTS["cpu"] // k + 50
+    m = low_rank_torch.BLOCK_ELEMENTS["cpu"] // k + 50
     plan = Plan("torch", strategy, "a test asks for it")
     dy = torch.zeros(m, n, dtype=kind)
     dy[:, 0] = 1

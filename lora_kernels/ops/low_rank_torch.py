@@ -1,4 +1,4 @@
-"""The rank-sized products of the `torch` backends: xa, dyb, dB, and dA beside the low-rank part of dx.
+"""The adapter half of the `torch` backends: xa, dyb, dB, d_bias, and dA with the low-rank part of dx.
 
     xa = alpha (mask * x) A^T      dyb = alpha dy B      dB = dy^T xa
     dA = dyb^T (mask * x)          dx0 = mask * (dyb A)
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._scale import Scale, scale_of
+
 if TYPE_CHECKING:
     from lora_kernels.ops._dropout import Dropper
-    from lora_kernels.ops._scale import Scale
 
 # Elements of one fp32 block, 4 MiB on a CPU: so large that a call is a few large GEMMs. Blocks of 2^17, which stay in
 # L2, make each step 64 rows, and each small GEMM is a barrier between threads.
@@ -214,3 +215,44 @@ def blockwise_lora_a(
         if dx is not None and dx_buffer is not None and block_dx is not None:
             dx[rows] = block_dx
     return None if d_lora_A is None else d_lora_A.to(lora_A.dtype)
+
+
+class LowRankGradients(NamedTuple):
+    """Of an adapter beside any base: dx without the base's part. Each None where it was not asked for."""
+
+    dx: Tensor | None
+    d_lora_A: Tensor | None
+    d_lora_B: Tensor | None
+    d_bias: Tensor | None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    *,
+    needs_x: bool,
+    x_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
+    upcast: bool = False,
+) -> LowRankGradients:
+    """x where dA is needed, else None; xa where dB is; bias_dtype where d_bias is."""
+    scale = scale_of(seed, scaling, dropout_p, lora_A.dtype)
+    needs_dyb = needs_x or x is not None
+    dyb, d_lora_B, d_bias = from_dy(dy, lora_B if needs_dyb else None, xa, scale, bias_dtype=bias_dtype, upcast=upcast)
+    dx = d_lora_A = None
+    if needs_x:
+        dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=x_dtype, device=dy.device)
+    if upcast or lora_A.dtype != x_dtype or seed is not None:
+        d_lora_A = blockwise_lora_a(x, dyb, lora_A, seed, dropout_p, scale.gain, dx)
+    elif dyb is not None:
+        if x is not None:
+            d_lora_A = product(dyb.T, x, scale.gain)
+        if dx is not None:
+            scaled_mm(dyb, lora_A, scale.gain, dx)
+    return LowRankGradients(dx, d_lora_A, d_lora_B, d_bias)
