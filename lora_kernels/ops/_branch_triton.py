@@ -14,14 +14,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
-from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
-from lora_kernels.kernels.expand import expand
 from lora_kernels.kernels.replay import replayed
-from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._needs import BranchNeeds
 from lora_kernels.ops._scale import Scale
-from lora_kernels.ops.low_rank_triton import from_dy, launch_scope, threshold_and_scale
+from lora_kernels.ops.low_rank_triton import (
+    expanded,
+    from_dy,
+    gradient_of_lora_A,
+    launch_scope,
+    masked_dx_and_d_lora_A,
+    threshold_and_scale,
+    xa_of,
+)
 from lora_kernels.planning import BranchPlan, Plan
 
 
@@ -57,15 +61,8 @@ def _forward(
     plan: BranchPlan,
 ) -> tuple[Tensor, Tensor]:
     x_side, out_side = _sides(plan)
-    xa = shrink(
-        x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale.inside, splits=x_side.xa_splits,
-        precision=x_side.precision, tile=x_side.tile("shrink"),
-    )  # fmt: skip
-    y = expand(
-        base=base_out, s=xa, e=lora_B.T, out_dtype=base_out.dtype, gain=scale.gain,
-        precision=out_side.precision, tile=out_side.tile("expand"),
-    )  # fmt: skip
-    return y, xa
+    xa = xa_of(x, lora_A, seed, threshold, scale, x_side)
+    return expanded(base_out, xa, lora_B.T, base_out.dtype, scale, out_side), xa
 
 
 def backward(
@@ -107,21 +104,12 @@ def _backward(
     )
     if needs.x and seed is not None:
         assert dyb is not None
-        dx, d_lora_A = bwd_dx_lora_a(
-            x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold, gain=scale.gain,
-            dx_dtype=x_dtype, splits=x_side.dx_lora_A_splits, precision=x_side.precision,
-            tile=x_side.tile("bwd_dx_lora_a_dropout"),
-        )  # fmt: skip
+        lora_x = x if needs.lora_A else None
+        dx, d_lora_A = masked_dx_and_d_lora_A(lora_x, dyb, lora_A, seed, threshold, scale, x_side, x_dtype)
     elif needs.lora_A:
         assert x is not None and dyb is not None
-        d_lora_A = bwd_lora_a(
-            x=x, dyb=dyb, seed=seed, threshold=threshold, gain=scale.gain, splits=x_side.d_lora_A_splits,
-            precision=x_side.precision, tile=x_side.tile("bwd_lora_a"),
-        )  # fmt: skip
+        d_lora_A = gradient_of_lora_A(x, dyb, seed, threshold, scale, x_side)
     if needs.x and dx is None:
         assert dyb is not None
-        dx = expand(
-            base=None, s=dyb, e=lora_A, out_dtype=x_dtype, gain=scale.gain, precision=x_side.precision,
-            tile=x_side.tile("expand"),
-        )  # fmt: skip
+        dx = expanded(None, dyb, lora_A, x_dtype, scale, x_side)
     return dx, d_lora_A, d_lora_B

@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 
 from lora_kernels.kernels.beside import forked
-from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
-from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
-from lora_kernels.kernels.expand import expand
 from lora_kernels.kernels.gemm_expand import gemm_expand
 from lora_kernels.kernels.gemm_expand_tma import gemm_expand_tma, tma_serves
 from lora_kernels.kernels.in_parts import in_parts
 from lora_kernels.kernels.one_pass import one_pass
 from lora_kernels.kernels.persistent import persistent, persistent_available, persistent_serves
 from lora_kernels.kernels.replay import replayed
-from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._needs import Needs
 from lora_kernels.ops._scale import Scale
 from lora_kernels.ops.low_rank_torch import product
-from lora_kernels.ops.low_rank_triton import from_dy, launch_scope, threshold_and_scale
+from lora_kernels.ops.low_rank_triton import (
+    expanded,
+    from_dy,
+    gradient_of_lora_A,
+    launch_scope,
+    masked_dx_and_d_lora_A,
+    threshold_and_scale,
+    xa_of,
+)
 from lora_kernels.planning import Plan
 
 
@@ -56,20 +60,12 @@ def forward(
 
 
 def _xa(x: Tensor, lora_A: Tensor, seed: Tensor | None, threshold: int, scale: Scale, plan: Plan) -> tuple[Tensor]:
-    xa = shrink(
-        x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale.inside, splits=plan.xa_splits,
-        launches_dependents=plan.use_pdl and plan.strategy == "shrink_fused",
-        precision=plan.precision, tile=plan.tile("shrink"),
-    )  # fmt: skip
-    return (xa,)
+    return (xa_of(x, lora_A, seed, threshold, scale, plan, pdl=plan.use_pdl and plan.strategy == "shrink_fused"),)
 
 
 def _expand_into(out: Tensor, s: Tensor, e: Tensor, bias: Tensor | None, scale: Scale, plan: Plan) -> tuple[()]:
     """out += bias + s e, for what the library cannot add: fp32 beside 16 bits."""
-    expand(
-        base=out, s=s, e=e, bias=bias, out=out, out_dtype=out.dtype, gain=scale.gain, precision=plan.precision,
-        tile=plan.tile("expand"),
-    )  # fmt: skip
+    expanded(out, s, e, out.dtype, scale, plan, bias=bias, out=out)
     return ()
 
 
@@ -156,19 +152,13 @@ def _fused_backward(
     )
     if needs.x and strategy == "library" and seed is not None:
         assert dyb is not None
-        dx, d_lora_A = bwd_dx_lora_a(
-            x=x if needs.lora_A else None, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold,
-            gain=scale.gain, dx_dtype=dy.dtype, splits=plan.dx_lora_A_splits, precision=plan.precision,
-            tile=plan.tile("bwd_dx_lora_a_dropout"),
-        )  # fmt: skip
+        lora_x = x if needs.lora_A else None
+        dx, d_lora_A = masked_dx_and_d_lora_A(lora_x, dyb, lora_A, seed, threshold, scale, plan, dy.dtype)
         return dyb, dx, d_lora_A, d_lora_B, d_bias
 
     def from_x() -> Tensor:
         assert x is not None and dyb is not None
-        return bwd_lora_a(
-            x=x, dyb=dyb, seed=seed, threshold=threshold, gain=scale.gain, splits=plan.d_lora_A_splits,
-            precision=plan.precision, tile=plan.tile("bwd_lora_a"),
-        )  # fmt: skip
+        return gradient_of_lora_A(x, dyb, seed, threshold, scale, plan)
 
     if needs.x and strategy != "library":
         assert weight is not None and dyb is not None

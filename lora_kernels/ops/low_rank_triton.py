@@ -1,4 +1,4 @@
-"""What the `triton` backends share: the launch scope, the factor of a mask, and what the backward needs from dy.
+"""The adapter half of the `triton` backends: xa, dyb with dB and d_bias, dA with a masked dx; and the launch scope.
 
 Imports `kernels`, hence triton; itself imported only inside the implementations in `ops`.
 """
@@ -6,11 +6,15 @@ Imports `kernels`, hence triton; itself imported only inside the implementations
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.kernels.bwd_dx_lora_a import bwd_dx_lora_a
+from lora_kernels.kernels.bwd_lora_a import bwd_lora_a
 from lora_kernels.kernels.bwd_lora_b import LoRABGradients, bwd_lora_b
+from lora_kernels.kernels.expand import expand
 from lora_kernels.kernels.interpreter import is_interpreting, repaired
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.ops._scale import Scale, scale_of
@@ -61,3 +65,48 @@ def from_dy(
         )  # fmt: skip
         return found._replace(dyb=dyb)
     return found
+
+
+def xa_of(
+    x: Tensor, lora_A: Tensor, seed: Tensor | None, threshold: int, scale: Scale, plan: Plan, *, pdl: bool = False
+) -> Tensor:
+    """xa [M, R] with scale.inside; pdl: the next kernel may start before it ends."""
+    return shrink(
+        x=x, lora_A=lora_A, seed=seed, threshold=threshold, scale=scale.inside, splits=plan.xa_splits,
+        launches_dependents=pdl, precision=plan.precision, tile=plan.tile("shrink"),
+    )  # fmt: skip
+
+
+def gradient_of_lora_A(x: Tensor, dyb: Tensor, seed: Tensor | None, threshold: int, scale: Scale, plan: Plan) -> Tensor:
+    """dA [R, K] alone."""
+    return bwd_lora_a(
+        x=x, dyb=dyb, seed=seed, threshold=threshold, gain=scale.gain, splits=plan.d_lora_A_splits,
+        precision=plan.precision, tile=plan.tile("bwd_lora_a"),
+    )  # fmt: skip
+
+
+def masked_dx_and_d_lora_A(
+    x: Tensor | None,
+    dyb: Tensor,
+    lora_A: Tensor,
+    seed: Tensor,
+    threshold: int,
+    scale: Scale,
+    plan: Plan,
+    dx_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """mask * (dyb A) [M, K], and dA where x is given: one evaluation of the mask for both."""
+    return bwd_dx_lora_a(
+        x=x, dyb=dyb, lora_A=lora_A, seed=seed, threshold=threshold, gain=scale.gain, dx_dtype=dx_dtype,
+        splits=plan.dx_lora_A_splits, precision=plan.precision, tile=plan.tile("bwd_dx_lora_a_dropout"),
+    )  # fmt: skip
+
+
+def expanded(
+    base: Tensor | None, s: Tensor, e: Tensor, out_dtype: torch.dtype, scale: Scale, plan: Plan, **options: Any
+) -> Tensor:
+    """base + gain s e [M, *], with s of the rank; options: a bias, or where to write."""
+    return expand(
+        base=base, s=s, e=e, out_dtype=out_dtype, gain=scale.gain, precision=plan.precision, tile=plan.tile("expand"),
+        **options,
+    )  # fmt: skip

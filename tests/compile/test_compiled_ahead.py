@@ -49,12 +49,12 @@ def test_a_problem_is_compiled_to_its_last_kernel(launchers):
 
 
 def test_a_kernel_that_does_not_compile_is_named_with_its_problem(launchers, monkeypatch):
-    from lora_kernels.ops import _linear_triton
+    from lora_kernels.ops import low_rank_triton
 
     def fails(**_):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(_linear_triton, "shrink", fails)
+    monkeypatch.setattr(low_rank_triton, "shrink", fails)
     line, *_ = compiled_ahead.compile_problem((PROBLEM, True)).splitlines()
     assert "M=64" in line
     assert "triton/library: RuntimeError: no such instruction" in line

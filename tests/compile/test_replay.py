@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from lora_kernels.kernels import replay
 from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.replay import Recipe, replayed
-from lora_kernels.ops import Needs, _branch_triton, _linear_triton
+from lora_kernels.ops import Needs, _branch_triton, _linear_triton, low_rank_triton
 from lora_kernels.ops._needs import BranchNeeds
 from lora_kernels.planning import make_branch_plan, make_plan
 from lora_kernels.planning.plan import paired, ways_of
@@ -71,7 +71,7 @@ def assert_repeats(driver, monkeypatch, call, fresh):
             assert any(isinstance(recipe, Recipe) for recipe in replay._recipes.values())
             assert replay.UNREPEATABLE not in replay._recipes.values()
             monkeypatch.setattr(replay, "_recorded", lambda *_: pytest.fail("recorded again"))
-            for module in (_linear_triton, _branch_triton):
+            for module in (_linear_triton, _branch_triton, low_rank_triton):
                 for name in ("shrink", "bwd_lora_a", "from_dy", "bwd_dx_lora_a"):
                     monkeypatch.setattr(module, name, lambda **_: pytest.fail("ran as written"), raising=False)
         outputs = call(inputs)
