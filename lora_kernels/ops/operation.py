@@ -113,7 +113,7 @@ class Operation:
         operands: in the order of its function's arguments; `lora_A` and `lora_B` are among them.
         out: the operand whose dtype y has; y is [*, N].
         needs: a NamedTuple of bools whose fields are the operands that the backward op makes gradients of.
-        passes_dy: operands whose gradient is dy itself; they come before all others.
+        passes_dy: operands whose gradient is dy itself, none of them in `needs`.
         plan: plan(problem, out_dtype, backend, device), cached here by its arguments.
         backends: for each, what imports its module, in which are
 
@@ -121,6 +121,9 @@ class Operation:
             backward(dy, *saved operands, xa, seed, scaling, dropout_p, *own dtypes, needs, plan) -> gradients
 
             for M >= 1, gradients in the order of `needs`, None where not needed; what a needed one reads is there.
+
+    Raises:
+        ValueError: the declaration names an operand that is none.
 
     Attributes:
         forward, backward: the registered ops.
@@ -144,6 +147,9 @@ class Operation:
         self.plan_for: Callable[..., Any] = self._cached_plans()
 
         place = {operand.name: index for index, operand in enumerate(operands)}
+        named = {"x", out, *ADAPTERS, *needs._fields, *passes_dy}.union(*(operand.saved_for for operand in operands))
+        if unknown := sorted(named - place.keys()):
+            raise ValueError(f"{name} must declare every operand that it names, {list(place)}; got {unknown} besides.")
         self.gradients = tuple(operands[place[name]] for name in needs._fields)
         self.saved = tuple(operand for operand in operands if operand.saved_for or operand.name in ADAPTERS)
         self.own_dtypes = tuple(place[operand.name] for operand in self.gradients if operand.gradient == "own")

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels.ops import OPERATIONS
+from lora_kernels.ops import OPERATIONS, Operation
 from tests.equality import assert_same_numbers, differ, in_whole_numbers, whole, whole_numbers
 from tests.linear_cases import assert_same_bits, laid_out
 from tests.operations import CASES, K, N
@@ -40,6 +40,14 @@ def op_arguments(name, dtypes="fp32", *, p=0.0, m=M, optional=True):
 
 def test_every_declared_operation_is_tested_here():
     assert {operation.name: operation for operation in OPERATIONS} == {n: case.operation for n, case in CASES.items()}
+
+
+@pytest.mark.parametrize("wrong", [{"out": "z"}, {"passes_dy": ("base",)}], ids=str)
+def test_a_declaration_names_its_own_operands(wrong):
+    operation = CASES["linear"].operation
+    declared = {"out": "x", "needs": operation.needs, "plan": None, "backends": {}, **wrong}
+    with pytest.raises(ValueError, match=r"^typo must declare every operand .*'bias'\]; got \['(z|base)'\] besides"):
+        Operation("typo", operation.operands, **declared)
 
 
 @every_operation
