@@ -179,6 +179,7 @@ _NO_BEHAVIOUR = frozenset(
         "__init__",
         "__module__",
         "__qualname__",
+        "__slotnames__",
         "__static_attributes__",
         "__weakref__",
         "extra_repr",

@@ -70,8 +70,10 @@ def adopted_class(lora: type[LoRALinear], plain: type[nn.Module]) -> type[LoRALi
         return lora
     both = _BOTH.get((lora, plain))
     if both is None:
-        members = {"__module__": plain.__module__, "__reduce_ex__": _reduce, "_made_of": (lora, plain)}
-        both = _BOTH[lora, plain] = type(f"LoRA{plain.__name__}", (lora, plain), members)
+        members = {
+            "__module__": plain.__module__, "__reduce_ex__": _reduce, "_made_of": (lora, plain), "_plain_class": plain,
+        }  # fmt: skip
+        both = _BOTH.setdefault((lora, plain), type(f"LoRA{plain.__name__}", (lora, plain), members))
     return both
 
 

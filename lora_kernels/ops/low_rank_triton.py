@@ -6,7 +6,6 @@ Imports `kernels`, hence triton; itself imported only inside the implementations
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,10 +102,18 @@ def masked_dx_and_d_lora_A(
 
 
 def expanded(
-    base: Tensor | None, s: Tensor, e: Tensor, out_dtype: torch.dtype, scale: Scale, plan: Plan, **options: Any
+    base: Tensor | None,
+    s: Tensor,
+    e: Tensor,
+    out_dtype: torch.dtype,
+    scale: Scale,
+    plan: Plan,
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """base + gain s e [M, *], with s of the rank; options: a bias, or where to write."""
+    """base + bias + gain s e [M, *], with s [M, R] and e [R, *]; into out where that is given."""
     return expand(
         base=base, s=s, e=e, out_dtype=out_dtype, gain=scale.gain, precision=plan.precision, tile=plan.tile("expand"),
-        **options,
+        bias=bias, out=out,
     )  # fmt: skip

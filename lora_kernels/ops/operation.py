@@ -123,7 +123,7 @@ class Operation:
             for M >= 1, gradients in the order of `needs`, None where not needed; what a needed one reads is there.
 
     Raises:
-        ValueError: the declaration names an operand that is none.
+        ValueError: the declaration contradicts itself.
 
     Attributes:
         forward, backward: the registered ops.
@@ -150,6 +150,13 @@ class Operation:
         named = {"x", out, *ADAPTERS, *needs._fields, *passes_dy}.union(*(operand.saved_for for operand in operands))
         if unknown := sorted(named - place.keys()):
             raise ValueError(f"{name} must declare every operand that it names, {list(place)}; got {unknown} besides.")
+        for operand in operands:
+            # A gradient in another dtype would be cast by PyTorch's engine without a word.
+            dtype = "adapters" if operand.name in ADAPTERS else "own" if operand.name == "x" and out != "x" else None
+            if operand.name in needs._fields and dtype not in (None, operand.gradient):
+                raise ValueError(f"{name}'s gradient of {operand.name} must be {dtype!r}; got {operand.gradient!r}.")
+            if operand.name in needs._fields and operand.name in passes_dy:
+                raise ValueError(f"{name}'s gradient of {operand.name} must be computed or dy itself; got both.")
         self.gradients = tuple(operands[place[name]] for name in needs._fields)
         self.saved = tuple(operand for operand in operands if operand.saved_for or operand.name in ADAPTERS)
         self.own_dtypes = tuple(place[operand.name] for operand in self.gradients if operand.gradient == "own")
@@ -227,7 +234,8 @@ class Operation:
         if len(leading) != 1:
             flattened = list(args)
             for place in self._spread:
-                flattened[place] = flat(args[place])
+                if args[place] is not None:
+                    flattened[place] = flat(args[place])
             args, x = tuple(flattened), flattened[self._x]
         lora_A, lora_B, out_dtype, seed = args[self._A], args[self._B], args[self._out].dtype, args[-4]
         plan = self._planned(x, x.dtype, lora_A, lora_B, out_dtype, seed, args[-1])
@@ -251,7 +259,7 @@ class Operation:
                     flattened[place] = flat(args[place])
             args, dy = tuple(flattened), flattened[0]
         lora_A, lora_B, seed = args[self._saved_A], args[self._saved_B], args[self._xa + 1]
-        x_dtype = args[self._own["x"]] if self._own else dy.dtype
+        x_dtype = args[self._own["x"]] if "x" in self._own else dy.dtype
         plan = self._planned(dy, x_dtype, lora_A, lora_B, dy.dtype, seed, args[-1])
         with plain(dy):
             found = self.implementation(plan.backward_way.backend).backward(*args[:-2], self.needs(*needs), plan)

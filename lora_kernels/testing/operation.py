@@ -86,10 +86,10 @@ def run_plan(operation: Operation, inputs: CallInputs, plan: Any, needs: Any = N
     gradients = operation.implementation(plan.backward_way.backend).backward(
         inputs.dy, *saved, xa, seed, inputs.scaling, p, *own_dtypes, needs, plan
     )
-    found = {
-        # The backward op's may be wider: the node rounds it.
-        f"d_{operand.name}": gradient.to(getattr(inputs, operand.name).dtype)
-        for operand, gradient in zip(operation.gradients, gradients, strict=True)
-        if gradient is not None
-    }
-    return {"y": y, **found}
+    results = {"y": y}
+    for operand, gradient in zip(operation.gradients, gradients, strict=True):
+        if gradient is not None:
+            # What the node rounds is rounded here; any other dtype is the backend's to get right.
+            dtype = getattr(inputs, operand.name).dtype if operand.gradient == "widest" else gradient.dtype
+            results[f"d_{operand.name}"] = gradient.to(dtype)
+    return results

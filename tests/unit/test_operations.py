@@ -1,5 +1,7 @@
 """The registered ops of every declared operation, as torch.compile, FakeTensor, export and torch.func see them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -48,6 +50,18 @@ def test_a_declaration_names_its_own_operands(wrong):
     declared = {"out": "x", "needs": operation.needs, "plan": None, "backends": {}, **wrong}
     with pytest.raises(ValueError, match=r"^typo must declare every operand .*'bias'\]; got \['(z|base)'\] besides"):
         Operation("typo", operation.operands, **declared)
+
+
+def test_a_declaration_says_in_which_dtype_a_gradient_is():
+    operation = CASES["linear"].operation
+    x, weight, lora_A, lora_B, bias = operation.operands
+    declared = {"out": "x", "needs": operation.needs, "plan": None, "backends": {}}
+    with pytest.raises(ValueError, match=r"^typo's gradient of lora_A must be 'adapters'; got 'out'\.$"):
+        Operation("typo", (x, weight, replace(lora_A, gradient="out"), lora_B, bias), **declared)
+    with pytest.raises(ValueError, match=r"^typo's gradient of x must be 'own'; got 'out'\.$"):
+        Operation("typo", operation.operands, **declared | {"out": "bias"})
+    with pytest.raises(ValueError, match=r"^typo's gradient of x must be computed or dy itself; got both\.$"):
+        Operation("typo", operation.operands, **declared | {"passes_dy": ("x",)})
 
 
 @every_operation
