@@ -75,7 +75,7 @@ class Flow(NamedTuple):
     (*gradients, dy, None), for each of the forward's arguments.
     """
 
-    needs: list[bool]
+    needs: tuple[bool, ...]
     saved: tuple[int, ...]
     rounded: tuple[tuple[int, int], ...]
     returned: tuple[int, ...]
@@ -127,7 +127,7 @@ class Operation:
 
     Attributes:
         forward, backward: the registered ops.
-        plan_for: (backend, M, N, K, R, x's dtype, the adapters', y's, dropout, device, tf32) -> plan.
+        plan_for: plan_for(backend, y's dtype, device, *what `problem_of` takes besides) -> plan.
     """
 
     def __init__(
@@ -137,14 +137,14 @@ class Operation:
         *,
         out: str,
         needs: type[Any],
-        plan: Callable[[Problem, torch.dtype, str, torch.device], Any],
+        plan: Callable[[Problem, torch.dtype, str, torch.device], Plan],
         backends: Mapping[Backend, Callable[[], Implementation]],
         passes_dy: tuple[str, ...] = (),
     ) -> None:
         self.name, self.operands, self.needs, self.passes_dy = name, operands, needs, passes_dy
         self._plan, self._backends = plan, backends
         self.implementation = cache(self._implementation)
-        self.plan_for: Callable[..., Any] = self._cached_plans()
+        self.plan_for: Callable[..., Plan] = self._cached_plans()
 
         place = {operand.name: index for index, operand in enumerate(operands)}
         named = {"x", out, *ADAPTERS, *needs._fields, *passes_dy}.union(*(operand.saved_for for operand in operands))
@@ -180,7 +180,7 @@ class Operation:
 
     def _flow(self, required: tuple[bool, ...]) -> Flow:
         place = {operand.name: index for index, operand in enumerate(self.operands)}
-        needs = [required[place[operand.name]] for operand in self.gradients]
+        needs = tuple(required[place[operand.name]] for operand in self.gradients)
         needed = {operand.name for operand, need in zip(self.gradients, needs, strict=True) if need}
         seed, xa = len(self.operands), len(self.operands) + len(CALL)
         read_by = {place[o.name]: needed if o.name in ADAPTERS else needed & set(o.saved_for) for o in self.saved}
@@ -301,31 +301,16 @@ class Operation:
         out_dtype: torch.dtype,
         seed: Tensor | None,
         backend: str,
-    ) -> Any:
+    ) -> Plan:
         (r, k), n = lora_A.shape, lora_B.shape[0]
         m, device, tf32 = row_bucket(t.shape[0]), t.device, multiplies_in_tf32(t.device)
-        return self.plan_for(backend, m, n, k, r, x_dtype, lora_A.dtype, out_dtype, seed is not None, device, tf32)
+        return self.plan_for(backend, out_dtype, device, m, n, k, r, x_dtype, lora_A.dtype, seed is not None, tf32)
 
-    def _cached_plans(self) -> Callable[..., Any]:
+    def _cached_plans(self) -> Callable[..., Plan]:
         # A training step asks for the same few plans over and over.
         @lru_cache(maxsize=4096)
-        def plan_for(
-            backend: str,
-            m: int,
-            n: int,
-            k: int,
-            r: int,
-            dtype: torch.dtype,
-            adapter_dtype: torch.dtype,
-            out_dtype: torch.dtype,
-            dropout: bool,
-            device: torch.device,
-            tf32: bool,
-        ) -> Any:
-            problem = problem_of(
-                m, n, k, r, dtype=dtype, adapter_dtype=adapter_dtype, dropout=dropout, device=device, tf32=tf32
-            )
-            return self._plan(problem, out_dtype, backend, device)
+        def plan_for(backend: str, out_dtype: torch.dtype, device: torch.device, *problem: Any) -> Plan:
+            return self._plan(problem_of(*problem, device=device), out_dtype, backend, device)
 
         return plan_for
 
@@ -348,12 +333,12 @@ def problem_of(
     n: int,
     k: int,
     r: int,
-    *,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     dropout: bool,
-    device: torch.device,
     tf32: bool | None = None,
+    *,
+    device: torch.device,
 ) -> Problem:
     """The planner's view of one call on `device`; tf32 None: as torch multiplies fp32 there at this moment."""
     traits = device_traits(device.type, device.index)

@@ -31,8 +31,8 @@ def plan_for(inputs: BranchInputs, **choices) -> BranchPlan:
     """The kernels' plan for this GPU; choices: splits and reads, on both sides."""
     i, (r, k) = inputs, inputs.lora_A.shape
     plan = BRANCH.plan_for(
-        "triton", row_bucket(i.x.numel() // k), i.lora_B.shape[0], k, r, i.x.dtype, i.lora_A.dtype, i.base_out.dtype,
-        i.dropout_p > 0, i.x.device, False,
+        "triton", i.base_out.dtype, i.x.device, row_bucket(i.x.numel() // k), i.lora_B.shape[0], k, r, i.x.dtype,
+        i.lora_A.dtype, i.dropout_p > 0, False,
     )  # fmt: skip
     return replace(plan, x_side=replace(plan.x_side, **choices), out_side=replace(plan.out_side, **choices))
 
@@ -348,10 +348,10 @@ def test_memory(backend, p):
 
 
 def test_plans_say_what_this_gpu_gets():
-    for dtypes in DTYPES.values():
+    for x, adapters, out in DTYPES.values():
         for p in (0.0, 0.1):
             for m in (16, 8192):
-                plan = BRANCH.plan_for("auto", m, 4096, 4096, 16, *dtypes, p > 0, CUDA, False)
+                plan = BRANCH.plan_for("auto", out, CUDA, m, 4096, 4096, 16, x, adapters, p > 0, False)
                 assert plan.backend in ("torch", "triton")
                 assert plan.reason
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import DtypeError, LoRALinear, UnsupportedError, explain_plan, lora_linear
-from lora_kernels.ops import Needs, low_rank_torch, problem_of
+from lora_kernels.ops import low_rank_torch, problem_of
 from lora_kernels.planning import Plan, Way, make_plan
 from lora_kernels.planning.plan import paired, ways_of
 from lora_kernels.reference.philox import dropout_scale, dropout_threshold, keep_mask
@@ -57,11 +57,6 @@ def plan_for(inputs: LinearInputs, strategy: str) -> Plan:
     return replace(forced, use_tma=strategy == "descriptors")
 
 
-def run_under(plan: Plan, inputs: LinearInputs, needs: Needs | None = None):
-    """What run_linear returns, from the triton backend's own forward and backward under a given plan."""
-    return run_linear_plan(inputs, plan, needs)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
 @pytest.mark.parametrize("size", [(150, 200, 168), (37, 51, 45), (1000, 1030, 520), (1, 96, 80)], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -71,7 +66,7 @@ def test_budget_of_every_strategy(dtype, strategy, size, p):
     make = partial(make_linear_inputs, dtype=x, adapter_dtype=adapters, device=CUDA, dropout_p=p)
     problems = pooled(make, *size, 16)
     plan = plan_for(problems[0], strategy)
-    assert_within_budget(problems, partial(run_under, plan))
+    assert_within_budget(problems, partial(run_linear_plan, plan=plan))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
@@ -89,7 +84,7 @@ def test_budget_of_every_backend(dtype, backend, size, p):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_budget_over_ranks(dtype, strategy, r):
     inputs = inputs_of((200, 264, 136), dtype, r, dropout_p=0.1)
-    assert_within_budget(inputs, partial(run_under, plan_for(inputs, strategy)))
+    assert_within_budget(inputs, partial(run_linear_plan, plan=plan_for(inputs, strategy)))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 64])
@@ -103,7 +98,7 @@ def test_budget_over_splits(dtype, splits):
         d_lora_A_splits=splits,
         d_lora_B_splits=splits,
     )
-    assert_within_budget(inputs, partial(run_under, plan))
+    assert_within_budget(inputs, partial(run_linear_plan, plan=plan))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
@@ -132,11 +127,11 @@ def test_every_subset_of_gradients(dtype, backend):
 def test_unwritten_memory_does_not_show_and_bits_repeat(dtype, strategy):
     inputs = inputs_of((333, 136, 520), dtype, 24, dropout_p=0.5)
     plan = plan_for(inputs, strategy)
-    expected = run_under(plan, inputs)
+    expected = run_linear_plan(inputs, plan)
     for _ in range(5):
-        assert_same_bits(run_under(plan, inputs), expected)
+        assert_same_bits(run_linear_plan(inputs, plan), expected)
     with poisoned_allocation():
-        assert_same_bits(run_under(plan, inputs), expected)
+        assert_same_bits(run_linear_plan(inputs, plan), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -177,7 +172,7 @@ def test_one_mask_in_forward_and_every_gradient(dtype, strategy, offset):
         dropout_p=p, dropout_seed=seed, dropout_offset=offset,
     )  # fmt: skip
     plan = plan_for(inputs, strategy)
-    diagonal, full = run_under(plan, inputs), run_under(plan, replace(inputs, dy=ones))
+    diagonal, full = run_linear_plan(inputs, plan), run_linear_plan(replace(inputs, dy=ones), plan)
     expected = dropout_scale(p) * keep_mask(torch.tensor([seed, *(offset or ())]), size, size, p).float()
     shown = {"y": diagonal["y"], "dA": diagonal["d_lora_A"], "dB": diagonal["d_lora_B"], "dx": full["d_x"]}
     for name, value in shown.items():

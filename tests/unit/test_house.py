@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from lora_kernels import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lora_kernels"
 
 # One stem per operation: its name is the name of its file in every room.
-OPERATIONS = ("linear", "branch")
+OPERATIONS = tuple(operation.name for operation in ops.OPERATIONS)
 ROOMS = ("reference", "ops", "functional", "nn")
 WITHOUT_LAYER = {"branch"}  # its base is somebody else's layer, and its parameters are that layer's, too
 TEST_ROOMS = ("unit", "reference", "interpret", "compile", "gpu")
@@ -140,7 +143,6 @@ def recipe(target: str) -> list[str]:
 
 
 def parsed(path: str) -> dict:
-    yaml = pytest.importorskip("yaml")
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 

@@ -53,11 +53,6 @@ def problems(size, dtype, *, r=8, **options) -> list[LinearInputs]:
     return pooled(make_linear_inputs, *size, r, dtype=x, adapter_dtype=adapters, **options)
 
 
-def run_under(plan: Plan, inputs: LinearInputs, needs: Needs | None = None):
-    """What run_linear returns, from the backend's own forward and backward under a given plan."""
-    return run_linear_plan(inputs, plan, needs)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["plain", "dropout"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -72,7 +67,7 @@ def test_budget_over_sizes(dtype, size, bias, p):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_budget_under_both_plans(dtype, size, p, strategy):
     # This machine's CPU gets one of the two for each dtype; other CPUs get the other.
-    assert_within_budget(problems(size, dtype, dropout_p=p), partial(run_under, PLANS[strategy]))
+    assert_within_budget(problems(size, dtype, dropout_p=p), partial(run_linear_plan, plan=PLANS[strategy]))
 
 
 @over_fp16s_range()
@@ -81,11 +76,11 @@ def test_budget_under_both_plans(dtype, size, p, strategy):
 def test_fp16_stays_in_range(strategy, bias, stored, scaling, p):
     problem = make_linear_inputs(64, 48, 32, 8, dtype=torch.float16, scaling=scaling, dropout_p=p, bias=bias)
     problem = far_from_one(problem, stored)
-    assert_in_range(problem, stored, run_under(PLANS[strategy], problem))
+    assert_in_range(problem, stored, run_linear_plan(problem, PLANS[strategy]))
 
 
 @pytest.mark.parametrize(
-    "run", [on_torch, *(partial(run_under, plan) for plan in PLANS.values())], ids=["auto", *PLANS]
+    "run", [on_torch, *(partial(run_linear_plan, plan=plan) for plan in PLANS.values())], ids=["auto", *PLANS]
 )
 @pytest.mark.parametrize("size", SIZES[:4], ids=str)
 @pytest.mark.parametrize("dtype", ["fp16-mixed", "bf16-mixed"])
@@ -143,7 +138,7 @@ def test_budget_across_blocks(monkeypatch, dtype, strategy, size):
     monkeypatch.setattr(_linear_torch, "WEIGHT_BLOCK_ELEMENTS", BLOCK)
     x, adapters = DTYPES[dtype]
     inputs = make_linear_inputs(*size, 4, dtype=x, adapter_dtype=adapters, dropout_p=0.5)
-    assert_within_budget(inputs, partial(run_under, PLANS[strategy]))
+    assert_within_budget(inputs, partial(run_linear_plan, plan=PLANS[strategy]))
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
@@ -225,9 +220,9 @@ def test_expanded_dy_of_a_sum(dtype, reduce):
 def test_every_subset_of_gradients(dtype, strategy, p):
     x, adapters = DTYPES[dtype]
     inputs = whole(make_linear_inputs(20, 24, 32, 4, dtype=x, adapter_dtype=adapters, dropout_p=p))
-    full = run_under(PLANS[strategy], inputs)
+    full = run_linear_plan(inputs, PLANS[strategy])
     for subset in SUBSETS:
-        part = run_under(PLANS[strategy], inputs, Needs(*(name in subset for name in PARAMETERS)))
+        part = run_linear_plan(inputs, PLANS[strategy], Needs(*(name in subset for name in PARAMETERS)))
         assert_same_bits(part, {name: full[name] for name in ("y", *(f"d_{s}" for s in subset))})
 
 
@@ -237,9 +232,9 @@ def test_every_subset_of_gradients(dtype, strategy, p):
 def test_unwritten_memory_does_not_show(dtype, strategy, p):
     x, adapters = DTYPES[dtype]
     inputs = whole(make_linear_inputs(37, 51, 45, 5, dtype=x, adapter_dtype=adapters, dropout_p=p))
-    expected, public = run_under(PLANS[strategy], inputs), on_torch(inputs)
+    expected, public = run_linear_plan(inputs, PLANS[strategy]), on_torch(inputs)
     with poisoned_allocation():
-        assert_same_bits(run_under(PLANS[strategy], inputs), expected)
+        assert_same_bits(run_linear_plan(inputs, PLANS[strategy]), expected)
         assert_same_bits(on_torch(inputs), public)
 
 
@@ -259,7 +254,7 @@ def test_same_call_same_bits(dtype, p):
 def test_fp32_adapter_gradients_never_pass_through_16_bits(dtype, strategy, p):
     x, adapters = DTYPES[dtype]
     inputs = make_linear_inputs(64, 48, 40, 8, dtype=x, adapter_dtype=adapters, dropout_p=p)
-    results = run_under(PLANS[strategy], inputs)
+    results = run_linear_plan(inputs, PLANS[strategy])
     for name in ("d_lora_A", "d_lora_B"):
         gradient = results[name]
         assert gradient.dtype == torch.float32
@@ -272,9 +267,9 @@ def test_fp32_adapter_gradients_never_pass_through_16_bits(dtype, strategy, p):
 def test_upcast_rounds_y_once_and_library_twice(dtype, p):
     x, adapters = DTYPES[dtype]
     inputs = make_linear_inputs(64, 48, 40, 8, dtype=x, adapter_dtype=adapters, dropout_p=p)
-    assert_rounded_once_each(inputs, {"y": run_under(PLANS["upcast"], inputs)["y"]})
+    assert_rounded_once_each(inputs, {"y": run_linear_plan(inputs, PLANS["upcast"])["y"]})
     with pytest.raises(AssertionError, match="elements"):
-        assert_rounded_once_each(inputs, {"y": run_under(PLANS["library"], inputs)["y"]})
+        assert_rounded_once_each(inputs, {"y": run_linear_plan(inputs, PLANS["library"])["y"]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -384,7 +379,7 @@ dimension = st.one_of(st.integers(2, 9), st.sampled_from([16, 31, 64, 65]))
 def test_budget_everywhere(size, r, dtype, p, bias, scaling, layouts, strategy):
     if dtype == "fp64" and strategy == "upcast":
         strategy = "library"  # fp64 has nothing to be cast up to; no plan asks for it
-    run = on_torch if strategy == "public" else partial(run_under, PLANS[strategy])
+    run = on_torch if strategy == "public" else partial(run_linear_plan, plan=PLANS[strategy])
     several = [with_layouts(i, **layouts) for i in problems(size, dtype, r=r, bias=bias, scaling=scaling, dropout_p=p)]
     assert_within_budget(several, run)
 
