@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lora_kernels.kernels import launch, replay
-from tests.gpu.test_linear import CUDA, inputs_of, plan_for, run_under
+from lora_kernels.testing import run_linear_plan
+from tests.gpu.test_linear import CUDA, inputs_of, plan_for
 from tests.linear_cases import assert_same_bits, assert_within_budget
 
 DTYPES = ["bf16", "fp16", "bf16-mixed"]
@@ -21,11 +22,11 @@ def test_budget_and_bits(dtype, size):
     # Each launch anew: a first one takes the host so long that a wait that is missing shows.
     launch._compiled.clear()
     replay._recipes.clear()
-    assert_within_budget(several, lambda inputs: run_under(replace(plan, beside=True), inputs))
+    assert_within_budget(several, lambda inputs: run_linear_plan(inputs, replace(plan, beside=True)))
     for inputs in several:
-        expected = run_under(replace(plan, beside=False), inputs)
+        expected = run_linear_plan(inputs, replace(plan, beside=False))
         for _ in range(4):  # as written, recorded, repeated
-            assert_same_bits(run_under(replace(plan, beside=True), inputs), expected)
+            assert_same_bits(run_linear_plan(inputs, replace(plan, beside=True)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,10 +35,10 @@ def test_large_steps_amid_allocations(dtype):
     inputs = inputs_of((8192, 4096, 4096), dtype)
     plan = plan_for(inputs, "persistent")
     assert plan.beside
-    expected = run_under(replace(plan, beside=False), inputs)
+    expected = run_linear_plan(inputs, replace(plan, beside=False))
     replay._recipes.clear()
     for turn in range(60):
-        actual = run_under(plan, inputs)
+        actual = run_linear_plan(inputs, plan)
         for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
             torch.full((size + turn,), torch.nan, device=CUDA)
         assert_same_bits(actual, expected)
@@ -47,17 +48,17 @@ def test_large_steps_amid_allocations(dtype):
 def test_on_another_stream_and_in_a_graph(dtype):
     inputs = inputs_of(SIZES[1], dtype)
     plan = replace(plan_for(inputs, "persistent"), beside=True)
-    expected = run_under(replace(plan, beside=False), inputs)
+    expected = run_linear_plan(inputs, replace(plan, beside=False))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(4):
-            actual = run_under(plan, inputs)
+            actual = run_linear_plan(inputs, plan)
     torch.cuda.current_stream().wait_stream(stream)
     assert_same_bits(actual, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run_under(plan, inputs)
+        captured = run_linear_plan(inputs, plan)
     for _ in range(20):
         for tensor in captured.values():
             tensor.zero_()

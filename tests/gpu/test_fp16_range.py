@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
-from lora_kernels.testing import run_linear
-from tests.gpu.test_linear import STRATEGIES, inputs_of, plan_for, run_under
+from lora_kernels.testing import run_linear, run_linear_plan
+from tests.gpu.test_linear import STRATEGIES, inputs_of, plan_for
 from tests.linear_cases import SCALINGS, assert_in_range, far_from_one, over_fp16s_range
 
 
@@ -14,6 +14,8 @@ from tests.linear_cases import SCALINGS, assert_in_range, far_from_one, over_fp1
 def test_fp16_stays_in_range(strategy, stored, scaling, p):
     problem = far_from_one(inputs_of((150, 200, 168), "fp16", 8, scaling=scaling, dropout_p=p), stored)
     run = (
-        partial(run_linear, backend="torch") if strategy == "torch" else partial(run_under, plan_for(problem, strategy))
+        partial(run_linear, backend="torch")
+        if strategy == "torch"
+        else partial(run_linear_plan, plan=plan_for(problem, strategy))
     )
     assert_in_range(problem, stored, run(problem))
